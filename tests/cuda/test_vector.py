@@ -14,8 +14,8 @@ VECTORS = [1, 2, 4, 8, 16]
 
 def copy_source(element: str, vector: int) -> str:
     """Each lane copies V elements twice, through load_vector and store and through load and store_vector."""
-    return f"""#include "cuda_bf16.h"
-#include "cuda_fp16.h"
+    return f"""#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include "vector.cuh"
 using T = {element};
 extern "C" __global__ void kernel(const T* x, T* wide, T* narrow, T* past, int64_t count) {{
