@@ -124,10 +124,10 @@ class Recorder:
         return (0,)
 
     def cuKernelGetFunction(self, kernel: Any) -> tuple[int, int]:
-        return 0, 99
+        return 0, kernel + self.current  # every context has its own
 
-    def cuKernelSetAttribute(self, attribute: Any, value: int, kernel: Any, device: int) -> tuple[int]:
-        self.attributes[attribute.name, device] = value
+    def cuFuncSetAttribute(self, function: int, attribute: Any, value: int) -> tuple[int]:
+        self.attributes[attribute.name, function - 78] = value
         return (0,)
 
     def cuGetErrorString(self, status: Any) -> tuple[int, bytes]:
@@ -186,7 +186,7 @@ def test_launch_passes_everything(recorder: Recorder) -> None:
         "stream": 1000,
         "cluster": [],
         "context": 1,
-        "function": 77,
+        "function": 78,
     }
     assert second == first | {"arguments": (48, 0.25, 2.0, 64, -1), "grid": (8, 6, 7)}
 
@@ -206,7 +206,10 @@ def test_every_device_is_prepared_and_used_in_its_context(recorder: Recorder) ->
     kernel = kernel_of(replace(AXPB, shared_bytes=100_000))
     for device in (0, 1, 0, 1):
         kernel.launch((0, 0.0, 0.0, 0, 0), GRID, device)
-    assert [(launch["stream"], launch["context"]) for launch in recorder.launches] == [(1000, 1), (1001, 2)] * 2
+    assert [(launch["stream"], launch["context"], launch["function"]) for launch in recorder.launches] == [
+        (1000, 1, 78),
+        (1001, 2, 79),
+    ] * 2
     assert {device for _, device in recorder.attributes} == {0, 1}
     assert recorder.contexts == []
     assert recorder.current == 1

@@ -46,18 +46,19 @@ class Kernel:
         """Takes a spec and the `CUkernel` to launch by it."""
         self.spec = spec
         self._kernel = kernel
-        self._prepared: set[int] = set()
+        # A context's own function is launched without the search that the driver makes for a kernel.
+        self._functions: dict[int, Any] = {}
         self._lock = threading.Lock()  # guards the slots and the configuration until the driver has read them
         layout = argument_layout(spec.args)
         self._slots = ctypes.create_string_buffer(layout.size + TENSOR_MAP_ALIGNMENT)
         self._start = -ctypes.addressof(self._slots) % TENSOR_MAP_ALIGNMENT
         self._pack = layout.pack_into
         self._pointers = _pointers(spec.args, ctypes.addressof(self._slots) + self._start)
+        self._parameters = ctypes.addressof(self._pointers)
         self._config = _config(spec)
-        function = _driver().CUfunction(int(kernel))  # the driver takes a kernel where it takes a function
-        self._call = (self._config, function, ctypes.addressof(self._pointers), 0)
         self._grid: Grid | None = None
         self._stream: int | None = None
+        self._submit = _driver().cuLaunchKernelEx
 
     def launch(self, arguments: Sequence[int | float | bytes], grid: Grid, device_index: int) -> None:
         """Queues the kernel on torch's current stream of CUDA device `device_index`; an empty grid launches nothing.
@@ -67,18 +68,33 @@ class Kernel:
         """
         if 0 in grid:
             return
-        if device_index not in self._prepared:
-            self.prepare(device_index)
+        function = self._functions.get(device_index)
+        if function is None:
+            function = self.prepare(device_index)
+        stream = torch._C._cuda_getCurrentRawStream(device_index)
         with self._lock:
-            self._configure(arguments, grid, torch._C._cuda_getCurrentRawStream(device_index))
-            status = self._submit(device_index)
+            try:
+                self._pack(self._slots, self._start, *arguments)
+            except (struct.error, OverflowError) as error:
+                raise self._wrong_arguments(arguments, error) from None
+            if grid is not self._grid or stream != self._stream:
+                self._configure(grid, stream)
+            call = (self._config, function, self._parameters, 0)
+            if torch._C._cuda_getDevice() != device_index:
+                with _context_of(device_index):
+                    status = self._submit(*call)[0]
+            else:
+                status = self._submit(*call)[0]
+                if status and status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread is new to CUDA
+                    _checked(_driver().cuCtxSetCurrent(_primary_context(device_index)), "the context cannot be set")
+                    status = self._submit(*call)[0]
         if status:
             raise LaunchError(f"{self._describe(grid)} cannot be launched: {_explain(status)}")
 
-    def prepare(self, device_index: int) -> None:
-        """Loads the code onto a device and raises its limit of shared memory there. Raises LaunchError.
+    def prepare(self, device_index: int) -> Any:
+        """Loads the code onto a device and raises its limit of shared memory there. Returns what is launched there.
 
-        The first launch on a device does so too, but cannot while a CUDA graph is being captured.
+        The first launch on a device does so too, but cannot while a CUDA graph is being captured. Raises LaunchError.
         """
         driver = _driver()
         attribute = driver.CUfunction_attribute
@@ -87,41 +103,23 @@ class Kernel:
         if x * y * z > PORTABLE_CLUSTER:
             attributes[attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
         what = f"{self._describe(None)} cannot run on device {device_index}"
-        device = _checked(driver.cuDeviceGet(device_index), what)
         with _context_of(device_index):
-            _checked(driver.cuKernelGetFunction(self._kernel), what)  # loads the code
+            function = _checked(driver.cuKernelGetFunction(self._kernel), what)  # loads the code
             for name, value in attributes.items():
-                _checked(driver.cuKernelSetAttribute(name, value, self._kernel, device), what)
-        self._prepared.add(device_index)
+                _checked(driver.cuFuncSetAttribute(function, name, value), what)
+        self._functions[device_index] = function
+        return function
 
-    def _configure(self, arguments: Sequence[int | float | bytes], grid: Grid, stream: int) -> None:
-        try:
-            self._pack(self._slots, self._start, *arguments)
-        except (struct.error, OverflowError) as error:
-            expected = len(self.spec.args)
-            raise LaunchError(
-                f"{self._describe(grid)} takes {expected} arguments, not {tuple(arguments)}: {error}"
-            ) from None
+    def _configure(self, grid: Grid, stream: int) -> None:
+        if not all(0 < blocks <= limit for blocks, limit in zip(grid, GRID_LIMITS, strict=True)):
+            raise LaunchError(f"{self._describe(grid)} exceeds the largest grid, {GRID_LIMITS}")
         config = self._config
-        if stream != self._stream:
-            config.hStream = self._stream = stream
-        if grid != self._grid:
-            if not all(0 < blocks <= limit for blocks, limit in zip(grid, GRID_LIMITS, strict=True)):
-                raise LaunchError(f"{self._describe(grid)} exceeds the largest grid, {GRID_LIMITS}")
-            config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            self._grid = grid
+        config.hStream = self._stream = stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._grid = grid
 
-    def _submit(self, device_index: int) -> Any:
-        """Makes the driver call in the device's context, which torch shares. Returns its status."""
-        driver = _driver()
-        if torch._C._cuda_getDevice() != device_index:
-            with _context_of(device_index):
-                return driver.cuLaunchKernelEx(*self._call)[0]
-        status = driver.cuLaunchKernelEx(*self._call)[0]
-        if status and status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread has not used CUDA before
-            _checked(driver.cuCtxSetCurrent(_primary_context(device_index)), "the context cannot be set")
-            status = driver.cuLaunchKernelEx(*self._call)[0]
-        return status
+    def _wrong_arguments(self, arguments: Sequence[int | float | bytes], error: Exception) -> LaunchError:
+        expected = len(self.spec.args)
+        return LaunchError(f"{self._describe(None)} takes {expected} arguments, not {tuple(arguments)}: {error}")
 
     def _describe(self, grid: Grid | None) -> str:
         where = f"grid {grid}, " if grid else ""
