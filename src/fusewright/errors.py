@@ -68,3 +68,7 @@ class CannotCapture(FusewrightError):
 
 class NoKernel(FusewrightError):
     """An operator has no kernel, and the library was not allowed."""
+
+
+class BadMeasurement(FusewrightError):
+    """A file of measurements is not what `bench --json` or `verify --json` writes."""
