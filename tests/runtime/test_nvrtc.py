@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,12 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.gpu
+def test_the_compiler_has_no_cache_of_its_own() -> None:
+    """Where there is a driver, NVRTC could answer a second compilation without running ptxas, and without a log."""
+    source = f"// {uuid.uuid4()}\n{SCALE}"
+    logs = [nvrtc.compile_cubin(source, "sm_90a") for _ in range(3)]
+    assert [sorted(cubin.resources) for cubin in logs] == [sorted(logs[0].resources)] * 3
+    assert logs[0].resources
