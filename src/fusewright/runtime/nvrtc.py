@@ -20,8 +20,8 @@ from fusewright.runtime.cache import Cache, fingerprint, included
 DEVICE_CODE = Path(__file__).parent.parent / "cuda"
 
 # --fmad=false: a product and a sum round twice, as they do in eager and in the simulator; device code that wants one
-# rounding says fma. No -lineinfo: it doubles the size of a small cubin. --no-cache: where there is a driver, NVRTC keeps
-# cubins of its own, and one that comes from there has no log, so neither its resources nor its warnings are known.
+# rounding says fma. No -lineinfo: it doubles the size of a small cubin. --no-cache: where there is a driver, NVRTC
+# keeps cubins of its own, and one that comes from there has no log: neither resources nor warnings are known.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--no-cache")
 
 # The compiler's own words for code that runs, but slowly: wgmma serialised, setmaxnreg dropped.
