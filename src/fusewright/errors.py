@@ -36,6 +36,18 @@ class UnknownSetting(FusewrightError):
     """An option or setting name is not one of fusewright's."""
 
 
+class InvalidSetting(FusewrightError):
+    """A setting has a value of another type, or excludes another setting that is given."""
+
+
+class CannotFuse(FusewrightError):
+    """An epilogue holds an operator that does not fit into its product's kernel."""
+
+
+class CannotReplay(FusewrightError):
+    """CUDA graphs were asked for, and an operator does what a graph cannot hold, such as waiting for the device."""
+
+
 class OutputNotWritable(FusewrightError):
     """The output file cannot be written, or is the input file."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import torch
-
-from fusewright.errors import UnknownSetting
+from fusewright.errors import InvalidSetting, UnknownSetting
 
 # environment name → what it sets
 ENVIRONMENT = {
@@ -25,22 +24,43 @@ class Settings:
 
     library: let cuBLAS compete for a GEMM region in process. simulate: run the kernels on the CPU in the
     simulator. schedules: how many thread orders the simulator tries. arch: the chip to compile for when there is
-    no GPU; None means the GPU at hand.
+    no GPU; None means the GPU at hand. cuda_graphs: replay what a call launches as one CUDA graph.
     """
 
     library: bool = True
     simulate: bool = False
     schedules: int = 1
     arch: str | None = None
+    cuda_graphs: bool = False
 
     @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> Settings:
-        """Builds settings from a user's mapping. Raises UnknownSetting for a name that is not one of ours."""
-        known = [f.name for f in fields(cls)]
-        for name in options or {}:
-            if name not in known:
-                raise UnknownSetting(f"unknown option {name!r}; the options are {', '.join(known)}")
-        return cls(**(options or {}))
+    def of(cls, options: Mapping[str, Any] | None, also: Sequence[str] = ()) -> Settings:
+        """Builds settings from a user's mapping. also: what else may be named where the user names settings.
+
+        Raises UnknownSetting for a name that is not one of ours, InvalidSetting for a value of another type and for
+        settings that exclude each other.
+        """
+        types = get_type_hints(cls)
+        for name, value in (options or {}).items():
+            if name not in types:
+                raise UnknownSetting(_unknown(name, [*types, *also]))
+            if not _has_type(value, types[name]):
+                wanted = getattr(types[name], "__name__", types[name])
+                raise InvalidSetting(f"setting {name!r} takes {wanted}, not {value!r}")
+        settings = cls(**(options or {}))
+        if settings.simulate and settings.cuda_graphs:
+            raise InvalidSetting("cuda_graphs needs a GPU, and simulate runs on the CPU; set one of them")
+        return settings
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    closest = get_close_matches(str(name), known, 1)
+    hint = f"did you mean {closest[0]!r}? " if closest else ""
+    return f"unknown setting {name!r}; {hint}the settings are {', '.join(known)}"
+
+
+def _has_type(value: Any, type: Any) -> bool:
+    return isinstance(value, type) and not (isinstance(value, bool) and type is int)
 
 
 def tf32_allowed() -> bool:
@@ -48,6 +68,8 @@ def tf32_allowed() -> bool:
 
     Dynamo compiles again when the answer changes.
     """
+    import torch  # here, for the cache and the command line start without it
+
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
