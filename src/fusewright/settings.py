@@ -70,6 +70,8 @@ def tf32_allowed() -> bool:
     """
     import torch  # here, for the cache and the command line start without it
 
+    import torch  # here, for the cache and the command line start without it
+
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
