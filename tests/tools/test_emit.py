@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fusewright.capture import model_file
 from fusewright.capture.model_file import ModelFile
-from fusewright.errors import CannotCapture, NoKernel, OutputNotWritable
+from fusewright.errors import CannotCapture, NoKernel
 from fusewright.fusion import reference
-from fusewright.tools.emit import write
 from fusewright.tools.plan_check import captured_size
 from judge import complaints
 from model_files import MODELS, REFUSED, Written, model, varied, written
@@ -242,21 +241,3 @@ def test_an_operator_without_a_kernel() -> None:
     text = written(SORT, library=True).text
     assert "auto parts = at::_ops::sort::call(" in text and "#include <ATen/ops/sort_ops.h>" in text
     assert "at::addmm_out(" in text and "at::mm_out(" in text
-
-
-# ---- writing
-
-
-def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "out.py"
-    write(target, "one\n")
-    write(target, "two\n")
-    assert target.read_text() == "two\n" and list(tmp_path.iterdir()) == [target]
-    with pytest.raises(UnicodeEncodeError):
-        write(target, "\ud800")
-    assert target.read_text() == "two\n" and list(tmp_path.iterdir()) == [target]
-
-
-def test_write_says_why_not(tmp_path: Path) -> None:
-    with pytest.raises(OutputNotWritable, match="choose another place"):
-        write(tmp_path / "missing" / "out.py", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -147,9 +146,7 @@ def test_report() -> None:
     started: list[tuple[str, int, int]] = []
     subject = Subject("Model", Model, inputs)
     report = verify(subject, Subject("ModelNew", RaisesAlways, inputs), progress=lambda *step: started.append(step))
-    data = json.loads(report.to_json())
-    assert data["passed"] is False
-    assert {"name", "passed", "detail", "figures"} == set(data["checks"][0])
+    assert report.passed is False
     assert [number for _, number, _ in started] == list(range(started[0][2]))
     console = Console(record=True, width=160)
     console.print(render(report))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from fusewright.capture.model import CapturedModel, OutputIndex
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
 from fusewright.codegen.host import AT_TYPES, HostFunction, HostPrinter, meta_function, tensor_inputs
-from fusewright.errors import CannotCapture, NoKernel, OutputNotWritable, UnsupportedDtype
+from fusewright.errors import CannotCapture, NoKernel, UnsupportedDtype
 from fusewright.fusion.plan import View
 from fusewright.runtime.nvrtc import DEVICE_CODE
 from fusewright.tools.model_source import ModelSource, split
@@ -63,28 +61,6 @@ def emit(
         )
     made_for = chip.arch if dtype is None else f"{chip.arch}, model and inputs cast to {str(dtype).split('.')[1]}"
     return Emitted(planned, _file(file, model, captured, planned, made_for))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes the file whole or not at all. Raises OutputNotWritable."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise OutputNotWritable(f"{path} cannot be written ({error.strerror}); choose another place") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- the file

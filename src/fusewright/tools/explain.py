@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,10 +97,10 @@ def _bytes(step: Step, plan: FusionPlan, sizes: Sizes) -> int:
     return sum(int(evaluate(plan.buffers[n].bytes, sizes)) for n in names)
 
 
-def to_json(explanations: Sequence[Explanation], header: Mapping[str, Any]) -> str:
+def as_dict(explanations: Sequence[Explanation], header: Mapping[str, Any]) -> dict[str, Any]:
     """Inference at the top level, the training graphs under `training`."""
     first, *training = (asdict(e) for e in explanations)
-    return json.dumps({**header, **first, "training": training}, indent=2)
+    return {**header, **first, "training": training}
 
 
 def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip: Chip) -> Group:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from fusewright.capture.model import CapturedModel, capture
 from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.capture.without_gpu import without_gpu
 from fusewright.chip import Chip
-from fusewright.errors import CannotCapture, FusewrightError, OutputNotWritable, WrongResult
+from fusewright.errors import CannotCapture, FusewrightError, WrongResult
 from fusewright.runtime.nvrtc import compile_all
 from fusewright.tools import explain, plan_check
-from fusewright.tools.emit import emit, write
-from fusewright.tools.planned import Planned, variants_of
+from fusewright.tools.emit import emit
+from fusewright.tools.files import check_output, write
+from fusewright.tools.planned import Planned, plan_model, variants_of
 from fusewright.tools.small import CHECKED, SIMULATED, small
 from fusewright.tools.verify import Subject, render, verify
 
@@ -42,22 +42,73 @@ class Request:
     schedules: int = 1
 
 
-def optimize(request: Request, console: Console) -> None:
+@dataclass(frozen=True)
+class KernelRow:
+    """What one compiled kernel uses; None where the compiler does not report it. Registers a thread, bytes a block."""
+
+    graph: str
+    kernel: str
+    registers: int | None
+    shared_bytes: int | None
+    spill_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was done. explanation: as `explain` gives it. check: how the kernels were checked; None if they were not."""
+
+    out: Path
+    explanation: dict[str, Any]
+    kernels: list[KernelRow]
+    check: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `explain`, and what was made."""
+        kernels = [asdict(row) for row in self.kernels]
+        return {**self.explanation, "out": str(self.out), "kernels": kernels, "check": self.check}
+
+
+def optimize(request: Request, console: Console) -> Written:
     """Plans, compiles, checks and writes. Raises WrongResult if a check fails; then no file is written."""
-    check_output(request.path, request.out)
+    check_output(request.out, [request.path])
     with console.status("loading and tracing the model"):
         file, instance, captured = load_and_capture(request.path, request.settings, request.dtype)
         emitted = emit(file, instance.model, captured, request.chip, library=request.library, dtype=request.dtype)
-    console.print(overview(request.path, instance, emitted.planned, request.chip))
+    explanation = _explained(request.path, instance, emitted.planned, request.chip, console)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
-        console.print(compiled(emitted.planned, request.chip))
+        kernels = compiled(emitted.planned, request.chip)
+    console.print(kernel_table(kernels, request.chip))
     if torch.cuda.is_available():
-        _verify_and_write(request, emitted.text, console)
+        check = _verify_and_write(request, emitted.text, console)
     else:
-        if request.verify:
-            _check_without_gpu(request, file, emitted.planned, console)
+        check = _check_without_gpu(request, file, emitted.planned, console) if request.verify else None
         write(request.out, emitted.text)
-    console.print(f"wrote {request.out}")
+    console.print(f"wrote {request.out}", markup=False)
+    return Written(request.out, explanation, kernels, check)
+
+
+def explain_file(
+    path: Path,
+    chip: Chip,
+    dtype: torch.dtype | None,
+    settings: Mapping[str, object],
+    library: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """What `optimize` would make of a file: prints it, and returns it for JSON."""
+    with console.status("loading and tracing the model"):
+        _, instance, captured = load_and_capture(path, settings, dtype)
+        planned = plan_model(captured, chip, library=library)
+    return _explained(path, instance, planned, chip, console)
+
+
+def _explained(
+    path: Path, instance: Instance, planned: tuple[Planned, ...], chip: Chip, console: Console
+) -> dict[str, Any]:
+    head = header(path, instance, chip)
+    explanations = [explain.explain(p, p.sizes, chip) for p in planned]
+    console.print(explain.render(explanations, head, chip))
+    return explain.as_dict(explanations, head)
 
 
 def load_and_capture(
@@ -77,59 +128,57 @@ def load_and_capture(
         raise CannotCapture(f"{path}: torch cannot trace the model: {error}") from error
 
 
-def check_output(path: Path, out: Path) -> None:
-    """Raises OutputNotWritable before any work is done."""
-    if out.exists() and path.exists() and out.samefile(path):
-        raise OutputNotWritable(f"{out} is the input itself; choose another name with -o")
-    if out.is_dir():
-        raise OutputNotWritable(f"{out} is a folder; name the file to write with -o")
-    if not out.parent.is_dir():
-        raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
-    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
-        raise OutputNotWritable(f"{out} cannot be written: permission denied; choose another place with -o")
-
-
-def overview(path: Path, instance: Instance, planned: tuple[Planned, ...], chip: Chip) -> Group:
-    explanations = [explain.explain(p, p.sizes, chip) for p in planned]
-    return explain.render(explanations, header(path, instance, chip), chip)
-
-
 def header(path: Path, instance: Instance, chip: Chip) -> dict[str, Any]:
     tensors = [x for x in instance.inputs if isinstance(x, torch.Tensor)]
     inputs = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
     return {"model": str(path), "inputs": inputs, "arch": chip.arch}
 
 
-def compiled(planned: tuple[Planned, ...], chip: Chip) -> Table:
-    """Compiles every kernel; a table of what each uses. Raises CompileError."""
+def compiled(planned: tuple[Planned, ...], chip: Chip) -> list[KernelRow]:
+    """Compiles every kernel; what each uses. Raises CompileError."""
     launches = [(p, launch) for p in planned for program in p.programs.values() for launch in program.launches]
     cubins = compile_all([launch.source for _, launch in launches], chip.arch)
-    table = Table(title=f"{len(launches)} kernels compiled for {chip.arch}", title_justify="left")
-    for column in ("graph", "kernel", "registers", "shared memory", "spills"):
-        table.add_column(column, justify="left" if column in ("graph", "kernel") else "right", overflow="fold")
+    rows = []
     for (p, launch), cubin in zip(launches, cubins, strict=True):
         graph = {"fused": "inference"}.get(p.name, p.name)
         used = cubin.resources.get(launch.kernel)
         if used is None:
-            table.add_row(graph, launch.kernel, *["not reported"] * 3)
-            continue
-        shared = used.shared_bytes + launch.shared_bytes
-        table.add_row(graph, launch.kernel, str(used.registers), f"{shared / 1024:.1f} KiB", f"{used.spill_bytes} B")
+            rows.append(KernelRow(graph, launch.kernel, None, None, None))
+        else:
+            shared = used.shared_bytes + launch.shared_bytes
+            rows.append(KernelRow(graph, launch.kernel, used.registers, shared, used.spill_bytes))
+    return rows
+
+
+def kernel_table(rows: Sequence[KernelRow], chip: Chip) -> Table:
+    """For a terminal."""
+    table = Table(title=f"{len(rows)} kernels compiled for {chip.arch}", title_justify="left")
+    for column in ("graph", "kernel", "registers", "shared memory", "spills"):
+        table.add_column(column, justify="left" if column in ("graph", "kernel") else "right", overflow="fold")
+    for row in rows:
+        if row.registers is None or row.shared_bytes is None:
+            table.add_row(row.graph, row.kernel, *["not reported"] * 3)
+        else:
+            shared = f"{row.shared_bytes / 1024:.1f} KiB"
+            table.add_row(row.graph, row.kernel, str(row.registers), shared, f"{row.spill_bytes} B")
     return table
 
 
-def _check_without_gpu(request: Request, file: ModelFile, planned: tuple[Planned, ...], console: Console) -> None:
+def _check_without_gpu(
+    request: Request, file: ModelFile, planned: tuple[Planned, ...], console: Console
+) -> dict[str, Any] | None:
     with console.status("checking the plan and simulating the kernels at small sizes"), without_gpu():
         reduced = small(file, request.settings, request.dtype)
         if reduced.parameters > CHECKED:
             console.print(Text("the model is too large to check without a GPU; nothing was checked", "yellow"))
-            return
+            return None
         simulate = reduced.parameters <= SIMULATED
         outcome = plan_check.check(reduced, request.chip, variants_of(planned), request.schedules if simulate else 0)
     console.print(checked(outcome))
     failed = [o for o in (outcome.plan, outcome.kernels) if o is not None and not o.passed]
     if failed:
         raise WrongResult(f"{failed[0].where} is wrong at {outcome.sizes}; nothing was written. Please report this.")
+    return {"simulated": True, **asdict(outcome)}
 
 
 def checked(outcome: plan_check.PlanCheck) -> Group:
@@ -157,11 +206,11 @@ def checked(outcome: plan_check.PlanCheck) -> Group:
     return Group(*lines)
 
 
-def _verify_and_write(request: Request, text: str, console: Console) -> None:
+def _verify_and_write(request: Request, text: str, console: Console) -> dict[str, Any] | None:
     """Writes beside the target, verifies that file on the GPU, and moves it into place if it is correct."""
     if not request.verify:
         write(request.out, text)
-        return
+        return None
     with tempfile.TemporaryDirectory(dir=request.out.parent, prefix=".fusewright-") as folder:
         trial = Path(folder) / request.out.name
         write(trial, text)
@@ -177,3 +226,4 @@ def _verify_and_write(request: Request, text: str, console: Console) -> None:
         if not report.passed:
             raise WrongResult("the file is not as correct as the model, so it was not written; please report this")
         write(request.out, text)
+    return {"simulated": False, **asdict(report)}

@@ -6,11 +6,9 @@ batch sizes that the file's own inputs never take, gradients, changes of paramet
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -76,13 +74,6 @@ class Report:
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
-
-    def to_json(self) -> str:
-        """The report as JSON; a ratio that is not finite is null."""
-        data = {"passed": self.passed, **asdict(self)}
-        for check in data["checks"]:
-            check["figures"] = {k: v if math.isfinite(v) else None for k, v in check["figures"].items()}
-        return json.dumps(data, indent=2)
 
 
 @dataclass(frozen=True)

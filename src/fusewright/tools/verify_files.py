@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,8 +33,8 @@ def verify_files(
     settings: Mapping[str, object],
     console: Console,
     schedules: int = 1,
-) -> tuple[bool, str]:
-    """Returns whether the candidate passed, and the report as JSON; prints the report.
+) -> dict[str, Any]:
+    """Returns whether the candidate passed, and the report, for JSON; prints the report.
 
     schedules: thread orders that the simulator tries, where it is used.
     """
@@ -52,7 +52,7 @@ def verify_files(
             progress=lambda name, done, total: status.update(f"verifying: {name} ({done + 1} of {total})"),
         )
     console.print(render(report))
-    return report.passed, report.to_json()
+    return {"passed": report.passed, "simulated": False, **asdict(report)}
 
 
 def _simulated(
@@ -63,7 +63,7 @@ def _simulated(
     settings: Mapping[str, object],
     console: Console,
     schedules: int,
-) -> tuple[bool, str]:
+) -> dict[str, Any]:
     """Without a GPU: the candidate has to be what fusewright writes, the kernels of which are then simulated."""
     chip = chip_for(arch)
     with console.status("simulating the kernels at small sizes"), without_gpu():
@@ -80,4 +80,4 @@ def _simulated(
     console.print(f"{candidate} is what fusewright writes for {reference}")
     console.print(checked(outcome))
     passed = outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed
-    return passed, json.dumps({"passed": passed, "simulated": True, **asdict(outcome)}, indent=2)
+    return {"passed": passed, "simulated": True, **asdict(outcome)}

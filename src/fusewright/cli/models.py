@@ -1,0 +1,84 @@
+"""The commands that work on model files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusewright.cli import options
+from fusewright.cli.options import Arch, Dtype, File, Json, Library, Reference, Schedules, Set
+from fusewright.cli.output import Output
+from fusewright.errors import WrongResult
+
+
+def optimize(
+    file: File,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="PATH", help="Default: <stem>_new.py beside FILE.")
+    ] = None,
+    arch: Arch = None,
+    dtype: Dtype = None,
+    set_: Set = None,
+    allow_library: Library = False,
+    schedules: Schedules = 1,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the file without checking it.")] = False,
+    json_: Json = None,
+) -> None:
+    """Write a new model file whose class runs fused kernels, after checking it."""
+    output = Output("optimize", json_, [file])
+    with output.loading():
+        from fusewright.tools.optimize import Request
+        from fusewright.tools.optimize import optimize as run
+
+        chip, cast = options.chip(arch), options.dtype(dtype)
+    target = out or file.with_name(f"{file.stem}_new.py")
+    request = Request(file, target, chip, cast, options.settings(set_), allow_library, not no_verify, schedules)
+    with output.kept():
+        written = run(request, output.console)
+    output.result(written.as_dict())
+
+
+def explain(
+    file: File,
+    arch: Arch = None,
+    dtype: Dtype = None,
+    set_: Set = None,
+    allow_library: Annotated[
+        bool, typer.Option("--allow-library", help="As `optimize --allow-library` would.")
+    ] = False,
+    json_: Json = None,
+) -> None:
+    """Show operators before, kernels after, what is saved, what is not fused and why, and the floor."""
+    output = Output("explain", json_, [file])
+    with output.loading():
+        from fusewright.tools.optimize import explain_file
+
+        chip, cast = options.chip(arch), options.dtype(dtype)
+    with output.kept():
+        found = explain_file(file, chip, cast, options.settings(set_), allow_library, output.console)
+    output.result(found)
+
+
+def verify(
+    reference: Reference,
+    candidate: Annotated[
+        Path, typer.Argument(metavar="CANDIDATE", help="A model file with class ModelNew (or Model).")
+    ],
+    dtype: Dtype = None,
+    set_: Set = None,
+    schedules: Schedules = 1,
+    json_: Json = None,
+) -> None:
+    """Check that CANDIDATE is as correct as REFERENCE: values, gradients, layouts, side effects."""
+    output = Output("verify", json_, [reference, candidate])
+    with output.loading():
+        from fusewright.tools.verify_files import verify_files
+
+        cast = options.dtype(dtype)
+    with output.kept():
+        report = verify_files(reference, candidate, cast, options.settings(set_), output.console, schedules)
+    output.result(report)
+    if not report["passed"]:
+        raise WrongResult(f"{candidate} is not as correct as {reference}")

@@ -1,0 +1,94 @@
+"""The options that commands share, and what their values mean. torch is imported by those who need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusewright.chip import CHIPS, DEFAULT_ARCH, Chip, arch_of, chip_for
+from fusewright.errors import UnsupportedDtype
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def _archs() -> list[str]:
+    return list(CHIPS)
+
+
+def _dtypes() -> list[str]:
+    return list(DTYPES)
+
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A model file: class Model, get_inputs() and get_init_inputs().")
+]
+Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model file that is right.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARCH",
+        autocompletion=_archs,
+        help=f"Compile for this chip: {', '.join(CHIPS)}. Default: the GPU here, else {DEFAULT_ARCH}.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        autocompletion=_dtypes,
+        help=f"Cast floating parameters and inputs to {', '.join(DTYPES)}. Default: as the file.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Replace a module constant of the file, such as batch_size=64; repeatable."
+    ),
+]
+Schedules = Annotated[
+    int, typer.Option(min=1, help="Where kernels are simulated: how many orders of their threads to try.")
+]
+Library = Annotated[
+    bool, typer.Option("--allow-library", help="Let torch's own library compute products and missing operators.")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="PATH",
+        allow_dash=True,
+        help="Write the result as JSON to this file too; - for standard output, text then going to standard error.",
+    ),
+]
+
+
+def chip(arch: str | None) -> Chip:
+    """The chip that the user names, or the GPU here, or the default. Raises UnknownArch."""
+    import torch
+
+    if arch is None and torch.cuda.is_available():
+        return chip_for(arch_of(torch.cuda.get_device_capability()))
+    return chip_for(arch or DEFAULT_ARCH)
+
+
+def dtype(name: str | None) -> torch.dtype | None:
+    """Raises UnsupportedDtype."""
+    import torch
+
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UnsupportedDtype(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def settings(pairs: list[str] | None) -> dict[str, object]:
+    """Raises UnknownSetting."""
+    from fusewright.capture.model_file import parse_setting
+
+    return dict(parse_setting(pair) for pair in pairs or [])

@@ -1,0 +1,38 @@
+"""Files that a command writes: looked at before the work, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from fusewright.errors import OutputNotWritable
+
+
+def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> None:
+    """Raises OutputNotWritable before any work is done. option: what names `out` on the command line."""
+    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+        raise OutputNotWritable(f"{out} is the input itself; choose another name with {option}")
+    if out.is_dir():
+        raise OutputNotWritable(f"{out} is a folder; name the file to write with {option}")
+    if not out.parent.is_dir():
+        raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
+    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
+        raise OutputNotWritable(f"{out} cannot be written: permission denied; choose another place with {option}")
+
+
+def write(path: Path, contents: str | bytes) -> None:
+    """Writes the file whole or not at all: beside it first, then renamed. Raises OutputNotWritable."""
+    data = contents.encode() if isinstance(contents, str) else contents
+    temporary = path.parent / f".fusewright-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputNotWritable(f"{path} cannot be written ({error.strerror}); choose another place") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
