@@ -102,7 +102,7 @@ class Executable:
     def actions(self, step: Step, sizes: Sizes, program: Program | None = None) -> list[Action]:
         """What one step does at these sizes, by `program` or by the one chosen for its region."""
         if isinstance(step, Fallback):
-            return [_fallback(step, sizes)]
+            return [_fallback(step, self.plan.buffers, sizes)]
         program = program or self.programs[step.name]
         buffers = [self.plan.buffers[name] for name in dict.fromkeys(step.writes())]
         actions: list[Action] = [_allocate([*buffers, *program.workspaces], sizes, self.device)]
@@ -231,19 +231,26 @@ def _output(output: View | Size | None, sizes: Sizes) -> Callable[[Environment],
     return lambda environment: value
 
 
-def _fallback(step: Fallback, sizes: Sizes) -> Action:
+def _fallback(step: Fallback, buffers: Mapping[str, Buffer], sizes: Sizes) -> Action:
     inputs = [_strided(i, sizes) if isinstance(i, View) else None for i in step.inputs]
     plain = [None if isinstance(i, View) or i is None else evaluate(i, sizes) for i in step.inputs]
+    strides = {name: _values(buffers[name].stride, sizes) for name in step.writes()}
 
     def act(environment: Environment) -> None:
         values = [get(environment) if get else value for get, value in zip(inputs, plain, strict=True)]
-        result = reference.apply(step.node, values, sizes, lambda dtype: dtype)
-        results = result if isinstance(result, (tuple, list)) else [result]
-        for name, value in zip(step.results, results, strict=False):
+        found = reference.apply(step.node, values, sizes, lambda dtype: dtype)
+        for name, value in zip(step.results, found if isinstance(found, (tuple, list)) else [found], strict=False):
             if name is not None:
-                environment[name] = value
+                environment[name] = _with_stride(value, strides[name])
 
     return act
+
+
+def _with_stride(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor as it was planned. An operator may lay its result out in another way than it promised in tracing."""
+    if tensor.stride() == stride or tensor.numel() == 0:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _library(call: LibraryCall, sizes: Sizes) -> Action:
