@@ -15,16 +15,19 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fusewright.errors import OutputNotWritable
 from fusewright.settings import cache_dir
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # ends the name of a folder that is being written
+_ENTRY = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL)})?")
 
 Files = Mapping[str, bytes]
 
@@ -42,7 +45,7 @@ class Entry:
 
     def path(self, name: str) -> Path:
         """Returns a path at which file `name` can be opened, for consumers such as `dlopen`. Raises OSError."""
-        if self.folder is not None:
+        if self.folder is not None and (self.folder / name).exists():  # not if the cache was cleared meanwhile
             return self.folder / name
         path = _private_folder() / self.key / name
         path.parent.mkdir(exist_ok=True)
@@ -84,7 +87,7 @@ class Cache:
 
     def _store(self, key: str, files: Files) -> Path | None:
         """Writes an entry; the caller holds its lock, so that leftovers under these names belong to nobody."""
-        final, partial = self.folder / key, self.folder / f"{key}.partial"
+        final, partial = self.folder / key, self.folder / f"{key}{PARTIAL}"
         try:
             for leftover in (final, partial):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -95,9 +98,10 @@ class Cache:
             (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
             partial.rename(final)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             self._warn(error)
             return None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return final
 
     @contextmanager
@@ -123,6 +127,88 @@ class Cache:
             f"fusewright works without its cache, so everything is compiled anew in each process: {self.folder} "
             f"cannot be written ({error}). Set FUSEWRIGHT_CACHE_DIR to a folder that can."
         )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the cache holds of one kind. bytes: of all files, half-written entries of killed processes included."""
+
+    kind: str
+    entries: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What `clear` removed. in_use: entries that another process is building, which stay."""
+
+    entries: int
+    bytes: int
+    in_use: int
+
+
+def stored(root: Path | None = None) -> list[Stored]:
+    """What the cache holds, by kind."""
+    found = []
+    for kind in _kinds(root or cache_dir()):
+        entries = list(_entries(kind))
+        whole = [entry for entry in entries if entry.suffix != PARTIAL]
+        found.append(Stored(kind.name, len(whole), sum(map(_bytes, entries))))
+    return found
+
+
+def clear(root: Path | None = None, kinds: Collection[str] = ()) -> Cleared:
+    """Removes entries, of all kinds or of these, while other processes use the cache. Raises OutputNotWritable.
+
+    Each goes under its lock, so that nobody's half-built entry is touched; a process that is reading one takes it as
+    missing and builds it again. What is not an entry stays. So do the lock files, which are empty: a process may be
+    waiting for one.
+    """
+    from filelock import FileLock, Timeout
+
+    removed, size, in_use = 0, 0, 0
+    for kind in _kinds(root or cache_dir()):
+        if kinds and kind.name not in kinds:
+            continue
+        for entry in _entries(kind):
+            try:
+                with FileLock(kind / f"{entry.stem}.lock", timeout=0):
+                    freed = _bytes(entry)
+                    _remove(entry)
+            except Timeout:
+                in_use += 1
+            except OSError as error:
+                raise OutputNotWritable(f"{entry} cannot be removed ({error.strerror})") from None
+            else:
+                removed += entry.suffix != PARTIAL
+                size += freed
+    return Cleared(removed, size, in_use)
+
+
+def _remove(entry: Path) -> None:
+    """Takes an entry away by one rename, so that no reader sees a part of it; the caller holds its lock."""
+    partial = entry.with_suffix(PARTIAL)
+    if entry != partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        entry.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _kinds(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
+
+
+def _entries(kind: Path) -> list[Path]:
+    """Entries, whole and half-written. They are named by fingerprints: nothing else in the folder is ours to remove."""
+    return sorted(path for path in kind.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # another process may just have removed it
+            total += path.stat().st_size
+    return total
 
 
 def fingerprint(**parts: object) -> str:

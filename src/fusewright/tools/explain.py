@@ -17,6 +17,9 @@ from fusewright.fusion.plan import FusionPlan, Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
 from fusewright.tools.planned import Planned
+from fusewright.tools.units import flop as _flop
+from fusewright.tools.units import size as _size
+from fusewright.tools.units import time as _time
 
 Sizes = Mapping[sympy.Symbol, int]
 
@@ -132,18 +135,3 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
         parts += [Text(f"  {f['operator']} runs as ATen: {f['reason']}", "yellow") for f in e.fallbacks]
         parts += [Text(f"  {', '.join(r['operators'])} apart: {r['reason']}", "dim") for r in e.refusals]
     return Group(*parts)
-
-
-def _size(count: int) -> str:
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def _flop(count: int) -> str:
-    return f"{count / 1e9:.3g} GFLOP" if count else ""
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
