@@ -25,6 +25,8 @@ from fusewright.capture.joint import partition_joint
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
 
+_SHOWN = 7  # rows, where the file's own batch is one that Dynamo takes for a constant
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -103,6 +105,18 @@ def capture(model: nn.Module, inputs: Sequence[Any], *, training: bool = True) -
     Sizes equal to the first dimension of the first tensor input become symbols where the model lets them. Raises
     CannotCapture where the model is not one graph.
     """
+    batch = _batch(inputs)
+    if batch is None or batch > 1:
+        return _capture(model, inputs, training)
+    # Dynamo takes sizes of 0 and 1 for constants, so it is shown a larger batch, if the model takes one.
+    try:
+        captured = _capture(model, _with_batch(inputs, batch), training)
+    except Exception:
+        return _capture(model, inputs, training)
+    return replace(captured, sizes={s: batch if size == _SHOWN else size for s, size in captured.sizes.items()})
+
+
+def _capture(model: nn.Module, inputs: Sequence[Any], training: bool) -> CapturedModel:
     training = training and any(
         t.is_floating_point() for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if _is_tensor(t)
     )
@@ -182,11 +196,26 @@ def _record(model: nn.Module, inputs: Sequence[Any], *, grad: bool) -> tuple[_Re
     return recorder, returned
 
 
+def _batch(inputs: Sequence[Any]) -> int | None:
+    """The first dimension of the first tensor that has dimensions."""
+    return next((t.shape[0] for t in pytree.tree_leaves(list(inputs)) if _is_tensor(t) and t.dim()), None)
+
+
+def _with_batch(inputs: Sequence[Any], batch: int) -> list[Any]:
+    """The inputs with `_SHOWN` rows in each tensor that has `batch` of them; values do not matter to a trace."""
+
+    def resized(leaf: Any) -> Any:
+        if not (_is_tensor(leaf) and leaf.dim() and leaf.shape[0] == batch):
+            return leaf
+        return leaf.new_zeros((_SHOWN, *leaf.shape[1:]))
+
+    return pytree.tree_map(resized, list(inputs))  # type: ignore[no-any-return]
+
+
 def _mark_batch(inputs: Sequence[Any]) -> None:
-    tensors = [t for t in pytree.tree_leaves(list(inputs)) if _is_tensor(t) and t.dim()]
-    batch = tensors[0].shape[0] if tensors else 0
-    for tensor in tensors:
-        if tensor.shape[0] == batch and batch > 1:
+    batch = _batch(inputs) or 0
+    for tensor in pytree.tree_leaves(list(inputs)):
+        if _is_tensor(tensor) and tensor.dim() and tensor.shape[0] == batch > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
