@@ -84,3 +84,7 @@ class NoKernel(FusewrightError):
 
 class BadMeasurement(FusewrightError):
     """A file of measurements is not what `bench --json` or `verify --json` writes."""
+
+
+class NotConfirmed(FusewrightError):
+    """What cannot be undone was neither confirmed with an option nor could anybody be asked."""
