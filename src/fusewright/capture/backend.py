@@ -14,9 +14,12 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fusewright import compiler
 from fusewright.capture.fx import from_fx
-from fusewright.capture.joint import partition_joint
+from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
 from fusewright.errors import MixedDevices
+from fusewright.fusion.plan import FusionPlan
+from fusewright.runtime.autotune import executable_of
+from fusewright.runtime.graphs import Replayed
 from fusewright.runtime.target import GpuTarget, SimulatorTarget, Target
 from fusewright.settings import Settings, tf32_allowed
 
@@ -26,11 +29,16 @@ _announced: set[str] = set()
 
 
 def fusewright(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    check: Callable[[FusionPlan, bool], None] | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
-    """The Dynamo backend. options: the fields of `Settings`.
+    """The Dynamo backend. options: the fields of `Settings`. check: sees each plan, and whether it is a backward's.
 
-    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, MixedDevices.
+    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, InvalidSetting, MixedDevices.
     """
     settings = Settings.of(options)
     devices = {t.device for t in _tensors(module, example_inputs) if t.dim() or t.device.type != "cpu"}
@@ -48,7 +56,10 @@ def fusewright(
     def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         library = settings.library and not settings.simulate
         built = compiler.build(from_fx(graph), target, device, library=library, tf32=tf32_allowed())
-        boxed: Callable[..., Any] = make_boxed_func(built)
+        if check is not None:
+            check(executable_of(built).plan, is_backward(graph))
+        run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS)) if settings.cuda_graphs else built
+        boxed: Callable[..., Any] = make_boxed_func(run)
         return boxed
 
     # A donated buffer may be overwritten by the backward, which then could not run twice (retain_graph).
@@ -67,6 +78,20 @@ def target_for(device: torch.device, settings: Settings) -> Target:
     if settings.simulate:
         return SimulatorTarget(chip_for(settings.arch or DEFAULT_ARCH), settings.schedules)
     return GpuTarget.of(device)
+
+
+def is_backward(graph: fx.GraphModule) -> bool:
+    return any("tangents" in p.name for p in graph.graph.find_nodes(op="placeholder"))
+
+
+def stationary(graph: fx.GraphModule) -> list[int]:
+    """The arguments that lie still: parameters and buffers, and in a backward what forward saved."""
+    if is_backward(graph):
+        names = [p.name for p in graph.graph.find_nodes(op="placeholder")]
+        return [i for i, name in enumerate(names) if "tangents" not in name]
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context else None
+    return list(metadata.static_input_indices or ()) if metadata else []
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

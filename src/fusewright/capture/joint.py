@@ -16,6 +16,9 @@ from fusewright.ir.graph import Graph, Node, TensorType
 from fusewright.passes import pipeline
 from fusewright.passes.training import partition
 
+# In the `meta` of a forward module: how many of its outputs are the caller's; those after them are saved for backward.
+RESULTS = "fusewright_results"
+
 
 def partition_joint(
     joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
@@ -26,12 +29,14 @@ def partition_joint(
     graph = pipeline.run(from_fx(joint), pipeline.BEFORE_PARTITION)
     split = partition(graph, num_fwd_outputs, tangents)
     module, nodes = _Exporter(joint).export(split.graph)
-    return partitioners._extract_fwd_bwd_modules(
+    forward, backward = partitioners._extract_fwd_bwd_modules(
         module,
         [nodes[n] for n in split.saved],
         saved_sym_nodes=[],
         num_fwd_outputs=num_fwd_outputs,
     )
+    forward.meta[RESULTS] = num_fwd_outputs
+    return forward, backward
 
 
 @dataclass

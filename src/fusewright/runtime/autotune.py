@@ -112,6 +112,10 @@ class Tuned:
         return _times(timed, environment)
 
 
+def executable_of(built: Executable | Tuned) -> Executable:
+    return built.executable if isinstance(built, Tuned) else built
+
+
 def _depth(program: Program) -> tuple[Any, ...]:
     return (program.region.gemm.a.shape[1],) if program.region.gemm else ()
 

@@ -1,0 +1,369 @@
+"""CUDA graphs: what one call launches, replayed as one.
+
+A graph freezes addresses, so one comparison a call keeps it right: a recording is replayed only where every argument
+that it reads in place lies where it lay at the capture. What follows from that:
+
+- A graph is captured when the same addresses come a second time. The first call of each kind runs as it would without
+  graphs, which also tunes and loads every kernel.
+- An argument that keeps moving gets a buffer of its own, into which it is copied before each replay. Parameters, and
+  what forward saved for backward, are never copied.
+- Results lie in the graph's own memory. They are handed out as they lie, and nothing is replayed over memory that
+  somebody still holds: the call runs without a graph then. From then on the caller's own results are copied out, so
+  that holding them costs a copy and no more. What forward saved stays in place for backward's graph, so a forward
+  before the last one's backward has run always goes without.
+- There is one set of recordings for each set of sizes, and a bound on all of them; beyond it calls run without graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fusewright.errors import CannotReplay
+from fusewright.fusion.plan import FusionPlan
+from fusewright.runtime.autotune import Tuned, executable_of
+from fusewright.runtime.executable import Executable
+
+log = logging.getLogger("fusewright")
+
+SIZES = 16  # sets of sizes that graphs are kept for
+CAPTURES = 16  # captures for one set of sizes, before what still changes runs without graphs
+_PLACES = 8  # sets of addresses that are remembered for one set of sizes
+_STAYS = 2  # addresses at which an argument may be seen before it counts as moving
+
+Run = Callable[..., list[Any]]
+
+
+class Recorder(Protocol):
+    """Makes graphs."""
+
+    def stream(self) -> int:
+        """The stream that work is queued on now."""
+
+    def capturing(self) -> bool:
+        """Whether the caller is capturing a graph of their own."""
+
+    def record(self, run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
+        """Captures what `run` launches. Returns how to replay it, and the results, which each replay writes anew."""
+
+
+class CudaRecorder:
+    """Captures through torch, each graph with a pool of memory of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.index = device.index or 0
+
+    def stream(self) -> int:
+        return int(torch._C._cuda_getCurrentRawStream(self.index))
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def record(self, run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
+        graph = torch.cuda.CUDAGraph()
+        side = _side_stream(self.index, self.stream())
+        # Other threads may use the device meanwhile.
+        captured = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+        with torch.cuda.device(self.index), torch.inference_mode(False), torch.no_grad(), captured:
+            results = run()
+        return graph.replay, results
+
+
+@lru_cache(maxsize=64)
+def _side_stream(device: int, stream: int) -> torch.cuda.Stream:
+    """Where captures for a stream happen; the library keeps a workspace for each, which concurrent replays need."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Replayed:
+    """Calls `run` as it is or by replaying a recording of it; the results are the same."""
+
+    def __init__(
+        self,
+        run: Run,
+        sizes: Callable[[Sequence[Any]], Hashable],
+        device: torch.device,
+        recorder: Recorder,
+        *,
+        fixed: Collection[int] = (),
+        results: int | None = None,
+        fallbacks: Sequence[str] = (),
+    ) -> None:
+        """sizes: what decides the shapes of a call. fixed: the arguments that are never copied. results: how many of
+        the results are the caller's; those after them are for backward. fallbacks: what runs as ATen, for messages."""
+        self.run = run
+        self.sizes = sizes
+        self.device = device
+        self.recorder = recorder
+        self.fixed = frozenset(fixed)
+        self.results = results
+        self.fallbacks = fallbacks
+        self._kept: dict[Hashable, _Sized] = {}
+        self._lock = threading.Lock()  # between the question who holds the results and the replay
+
+    @classmethod
+    def of(cls, executable: Executable | Tuned, fixed: Collection[int], results: int | None) -> Replayed:
+        """Replays an executable on its GPU. Raises CannotReplay."""
+        inner = executable_of(executable)
+        check(inner.plan, inner.device)
+        return cls(
+            executable,
+            lambda arguments: tuple(inner.sizes(arguments).values()),
+            inner.device,
+            CudaRecorder(inner.device),
+            fixed=fixed,
+            results=results,
+            fallbacks=[f.name for f in inner.plan.fallbacks],
+        )
+
+    def __call__(self, *arguments: Any) -> list[Any]:
+        """Raises CannotReplay."""
+        if self.recorder.capturing():
+            return self.run(*arguments)
+        with self._lock:
+            key = self.sizes(arguments)
+            sized = self._kept.get(key)
+            if sized is None:
+                if len(self._kept) >= SIZES:
+                    _warn(f"more than {SIZES} sets of sizes; further ones run without CUDA graphs")
+                    return self.run(*arguments)
+                sized = self._kept[key] = _Sized(self, arguments)
+            return sized(arguments)
+
+
+class _Sized:
+    """The recordings for one set of sizes, by the addresses of what they read in place; None: seen, not captured."""
+
+    def __init__(self, owner: Replayed, arguments: Sequence[Any]) -> None:
+        self.owner = owner
+        self.recordings: dict[tuple[Any, ...], _Recording | None] = {}
+        self.place = [_placing(a, owner.device) for a in arguments]
+        self.seen: list[set[Any]] = [set() for _ in arguments]
+        self.copied_out: frozenset[int] = frozenset()
+        self.captures = 0
+        self.limit = 0 if any(isinstance(a, Tensor) and not a.numel() for a in arguments) else CAPTURES
+
+    def __call__(self, arguments: Sequence[Any]) -> list[Any]:
+        places = (self.owner.recorder.stream(), *[place(a) for place, a in zip(self.place, arguments, strict=True)])
+        recording = self.recordings.get(places)
+        if recording is not None:
+            held = recording.held()
+            if not held:
+                return recording.replay(arguments)
+            self.leave(held)
+        elif places not in self.recordings:
+            self.meet(places)
+        elif self.captures < self.limit:
+            return self.capture(places, arguments)
+        return self.owner.run(*arguments)
+
+    def meet(self, places: tuple[Any, ...]) -> None:
+        """Notes addresses that come for the first time, and which arguments keep moving."""
+        moving = []
+        for i, (seen, place) in enumerate(zip(self.seen, places[1:], strict=True)):
+            seen.add(place)
+            if len(seen) > _STAYS and self.place[i] is Tensor.data_ptr and i not in self.owner.fixed:
+                moving.append(i)
+            elif len(seen) > _PLACES:
+                seen.clear()
+        if moving:
+            self.place = [_copied if i in moving else place for i, place in enumerate(self.place)]
+            self.recordings.clear()
+            return
+        if len(self.recordings) >= _PLACES:
+            del self.recordings[next(iter(self.recordings))]
+        self.recordings[places] = None
+
+    def leave(self, held: Collection[int]) -> None:
+        """Somebody holds these results of the last replay: those that are the caller's are copied out from now on."""
+        results = self.owner.results
+        own = {i for i in held if results is None or i < results}
+        if own:
+            self.copied_out |= own
+            self.recordings = dict.fromkeys(self.recordings)
+
+    def capture(self, places: tuple[Any, ...], arguments: Sequence[Any]) -> list[Any]:
+        """Runs the call with copied arguments in their buffers, then records that for the next one."""
+        owner = self.owner
+        self.captures += 1
+        if self.captures == CAPTURES:
+            _warn(f"{CAPTURES} CUDA graphs were captured for one set of sizes; what still changes runs without one")
+        with torch.inference_mode(False):
+            buffers = {i: _buffer(a) for i, a in enumerate(arguments) if self.place[i] is _copied}
+        for i, buffer in buffers.items():
+            _copy(buffer, arguments[i])
+        static = [buffers.get(i, a) for i, a in enumerate(arguments)]
+        first = owner.run(*static)
+        try:
+            graph, results = owner.recorder.record(lambda: owner.run(*static))
+        except RuntimeError as error:
+            raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
+        self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
+        return [r.detach() if any(r is b for b in buffers.values()) else r for r in first]
+
+
+@dataclass
+class _Slot:
+    """A tensor in the graph's memory that results are. copied: they are copies of it; else aliases, counted."""
+
+    tensor: Tensor
+    copied: bool
+    positions: set[int]
+
+    def fresh(self) -> Tensor:
+        if not self.copied:
+            return self.tensor.detach()
+        result = _buffer(self.tensor)
+        _copy(result, self.tensor)
+        return result
+
+
+# A result after a replay: from the slots' fresh tensors, and the arguments of the call.
+Make = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+
+
+@dataclass
+class _Recording:
+    """One captured graph. buffers: what is copied in, by argument. watched: of each storage that results alias the
+    address, how many tensors of our own share it, and those results."""
+
+    graph: Callable[[], None]
+    buffers: dict[int, Tensor]
+    slots: list[_Slot]
+    make: list[Make]
+    watched: list[tuple[int, int, set[int]]]
+
+    @classmethod
+    def of(
+        cls,
+        graph: Callable[[], None],
+        buffers: dict[int, Tensor],
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+        copied_out: Collection[int],
+    ) -> _Recording:
+        """arguments: those of the capture; nothing keeps hold of them but for `buffers`."""
+        in_place = {_storage(a): i for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in buffers}
+        slots: dict[tuple[int, bool], _Slot] = {}
+        make: list[Make] = []
+        for position, result in enumerate(results):
+            if not isinstance(result, Tensor):
+                make.append(_constant(result))
+            elif _storage(result) in in_place:
+                make.append(_view_of(in_place[_storage(result)], arguments, result))
+            else:
+                key = id(result), position in copied_out
+                slot = slots.setdefault(key, _Slot(result, key[1], set()))
+                slot.positions.add(position)
+                make.append(_slot(list(slots).index(key)))
+        own = {id(t): t for t in (*buffers.values(), *(s.tensor for s in slots.values()))}
+        shared = Counter(_storage(t) for t in own.values())
+        aliased = [(_storage(s.tensor), s.positions) for s in slots.values() if not s.copied]
+        watched = [(storage, shared[storage], positions) for storage, positions in aliased]
+        return cls(graph, buffers, list(slots.values()), make, watched)
+
+    def held(self) -> set[int]:
+        """The results of the last replay that somebody still holds, by any alias."""
+        return {p for storage, own, positions in self.watched if _holders(storage) > own for p in positions}
+
+    def replay(self, arguments: Sequence[Any]) -> list[Any]:
+        for i, buffer in self.buffers.items():
+            _copy(buffer, arguments[i])
+        self.graph()
+        fresh = [slot.fresh() for slot in self.slots]
+        return [make(fresh, arguments) for make in self.make]
+
+
+def _constant(value: Any) -> Make:
+    return lambda fresh, arguments: value
+
+
+def _slot(k: int) -> Make:
+    return lambda fresh, arguments: fresh[k]
+
+
+def _view_of(i: int, arguments: Sequence[Any], result: Tensor) -> Make:
+    """An argument that is read in place, or a view of it, by what it is in the call."""
+    if any(result is a for a in arguments):
+        i = next(k for k, a in enumerate(arguments) if result is a)
+        return lambda fresh, arguments: arguments[i]
+    size, stride, offset = result.size(), result.stride(), result.storage_offset() - arguments[i].storage_offset()
+    return lambda fresh, arguments: arguments[i].as_strided(size, stride, arguments[i].storage_offset() + offset)
+
+
+def _placing(argument: Any, device: torch.device) -> Callable[[Any], Any]:
+    """What of an argument a graph freezes: an address, the value of a scalar on the CPU; the sizes decide the rest."""
+    if not isinstance(argument, Tensor):
+        return _nothing
+    return Tensor.data_ptr if argument.device == device else Tensor.item
+
+
+def _nothing(argument: Any) -> None:
+    return None
+
+
+def _copied(argument: Any) -> None:
+    """The place of an argument that may be anywhere, because it is copied."""
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _holders(storage: int) -> int:
+    """How many tensors share a storage."""
+    return int(torch._C._storage_Use_Count(storage)) - _uncounted()
+
+
+@cache
+def _uncounted() -> int:
+    """What the count of a storage that one tensor has is above one."""
+    tensor = torch.empty(1, device="cpu")
+    return int(torch._C._storage_Use_Count(_storage(tensor))) - 1
+
+
+def _buffer(like: Tensor) -> Tensor:
+    """Memory for a tensor with the same strides."""
+    return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=like.device)
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    """Copies between tensors of the same strides; of an expanded dimension once."""
+    for dim, stride in enumerate(to.stride()):
+        if stride == 0 and to.size(dim) > 1:
+            to, source = to.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    to.copy_(source)
+
+
+def check(plan: FusionPlan, device: torch.device) -> None:
+    """Raises CannotReplay if the plan holds an operator that is known to wait for the device or to use the CPU."""
+    for fallback in plan.fallbacks:
+        tags = getattr(dict(fallback.node.attributes).get("target"), "tags", ())
+        read, written = ([plan.buffers[n] for n in names] for names in (fallback.reads(), fallback.writes()))
+        # torch counts the true elements of a mask on the CPU.
+        masked = "index" in fallback.name and any(b.dtype in (torch.bool, torch.uint8) for b in read[1:])
+        if masked or torch.Tag.cudagraph_unsafe in tags or any(b.device != device for b in written):
+            raise CannotReplay(_refused([fallback.name], "it computes on the CPU, or makes it wait for the GPU"))
+
+
+def _refused(fallbacks: Sequence[str], reason: str) -> str:
+    operators = f"ATen runs {', '.join(dict.fromkeys(fallbacks))}" if fallbacks else "no operator runs as ATen"
+    return (
+        f"this cannot be replayed as a CUDA graph ({operators}): {reason}. Leave cuda_graphs off, or take the operator "
+        "out of what is compiled, for instance with torch._dynamo.graph_break()"
+    )
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once for each message."""
+    log.warning(message)
