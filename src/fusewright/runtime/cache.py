@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -177,6 +178,8 @@ def clear(root: Path | None = None, kinds: Collection[str] = ()) -> Cleared:
                     _remove(entry)
             except Timeout:
                 in_use += 1
+            except FileNotFoundError:
+                continue  # another process was faster
             except OSError as error:
                 raise OutputNotWritable(f"{entry} cannot be removed ({error.strerror})") from None
             else:
@@ -205,9 +208,10 @@ def _entries(kind: Path) -> list[Path]:
 
 def _bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # another process may just have removed it
-            total += path.stat().st_size
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # another process may just have removed it
+                total += os.stat(os.path.join(base, name)).st_size
     return total
 
 

@@ -1,0 +1,74 @@
+"""The commands that look at this machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fusewright.cli.options import Arch, Json
+from fusewright.cli.output import Output
+from fusewright.errors import NotConfirmed
+
+Kind = Annotated[
+    list[str] | None, typer.Option("--kind", help="Only entries of this kind, as `cache info` names it; repeatable.")
+]
+
+
+def doctor(arch: Arch = None, json_: Json = None) -> None:
+    """Say what this machine can do, what is missing, and the command that mends it. Exit code 1: unusable."""
+    output = Output("doctor", json_)
+    from fusewright.chip import chip_for
+    from fusewright.tools.doctor import diagnose
+
+    with output.kept():
+        diagnosis = diagnose(arch and chip_for(arch).arch, output.console)
+    output.result(diagnosis)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def cache_info(json_: Json = None) -> None:
+    """Show where the cache is, and how many entries of each kind it holds."""
+    from fusewright.runtime.cache import stored
+    from fusewright.settings import cache_dir
+    from fusewright.tools.units import size
+
+    output = Output("cache info", json_)
+    kinds = stored()
+    entries, total = sum(k.entries for k in kinds), sum(k.bytes for k in kinds)
+    table = Table(title=str(cache_dir()), title_justify="left")
+    for column in ("kind", "entries", "size"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for k in kinds:
+        table.add_row(k.kind, str(k.entries), size(k.bytes))
+    table.add_row("all", str(entries), size(total))
+    output.console.print(table)
+    output.result({"location": cache_dir(), "entries": entries, "bytes": total, "kinds": kinds})
+
+
+def cache_clear(
+    kind: Kind = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json_: Json = None,
+) -> None:
+    """Remove what the cache holds. Programs that use it now go on, and compile again what they need."""
+    from fusewright.runtime.cache import clear, stored
+    from fusewright.settings import cache_dir
+    from fusewright.tools.units import size
+
+    output = Output("cache clear", json_)
+    held = [k for k in stored() if not kind or k.kind in kind]
+    what = f"{sum(k.entries for k in held)} entries ({size(sum(k.bytes for k in held))}) from {cache_dir()}"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise NotConfirmed(f"would remove {what}; say so with --yes where nobody can be asked")
+        typer.confirm(f"Remove {what}?", abort=True, err=True)
+    cleared = clear(kinds=kind or ())
+    stay = f"; {cleared.in_use} stay, which other processes are building" if cleared.in_use else ""
+    output.console.print(f"removed {cleared.entries} entries ({size(cleared.bytes)}){stay}", markup=False)
+    output.result(
+        {"location": cache_dir(), "removed": cleared.entries, "bytes": cleared.bytes, "in_use": cleared.in_use}
+    )
