@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fusewright import __version__
-from fusewright.cli import models
+from fusewright.cli import machine, models
 from fusewright.errors import FusewrightError
 
 
@@ -65,6 +65,20 @@ app.command(
         "fusewright verify model.py by_hand.py --dtype bfloat16 --json report.json",
     )
 )(models.verify)
+app.command(
+    epilog=_lines(
+        "Examples:",
+        "fusewright doctor",
+        "fusewright doctor --arch sm_80 --json -",
+    )
+)(machine.doctor)
+cache.command("info", epilog=_lines("The folder is ~/.cache/fusewright, or what FUSEWRIGHT_CACHE_DIR names."))(
+    machine.cache_info
+)
+cache.command(
+    "clear",
+    epilog=_lines("Examples:", "fusewright cache clear", "fusewright cache clear --kind tuning --yes"),
+)(machine.cache_clear)
 app.add_typer(cache, name="cache")
 
 
