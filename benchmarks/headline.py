@@ -112,6 +112,8 @@ def one_dtype(dtype: torch.dtype, names: list[str], trials: int, rates: dict[str
     del oracle
     for mode in MODES:
         timed = measure.interleaved({n: s.candidate(mode) for n, s in every.items()}, trials)
+        for name, subject in every.items():
+            timed[name] |= _attempt(lambda s=subject, m=mode: measure.host_and_device(s.candidate(m)))
         report["modes"][mode] = {"timings": timed, "floor_ms": _floor(mode, dtype, rates), **_summary(timed)}
     return report
 
@@ -233,9 +235,15 @@ def main() -> None:
     print("overheads, µs:", {k: round(v["us"], 2) for k, v in report["overheads"].items() if "us" in v})
 
 
+def _shown(timing: dict[str, Any]) -> str:
+    if "ms" not in timing:
+        return "failed"
+    return f"{timing['ms']:.3f} (device {timing.get('device_ms', 0):.3f}, host {timing.get('host_us', 0):.0f} us)"
+
+
 def _print(name: str, report: dict[str, Any]) -> None:
     for mode, found in report["modes"].items():
-        times = {n: round(t["ms"], 3) if "ms" in t else "failed" for n, t in found["timings"].items()}
+        times = {n: _shown(t) for n, t in found["timings"].items()}
         print(f"{name} {mode}: {times} over eager {found.get('over_eager', 0):.3f}", flush=True)
     for candidate, found in report["errors"].items():
         worst = {n: max(v.values()) for n, v in found.items()} if "failed" not in found else found

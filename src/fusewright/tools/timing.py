@@ -1,6 +1,7 @@
 """Timing on a GPU, the rates that floors are made of, and a record of the machine.
 
-Candidates take turns within one process, in rotating order. Each trial writes 256 MB first, so that nothing of the
+Candidates take turns within one process, in an order that is drawn anew for every round: what ran before a candidate
+heats the chip, so it must not always be the same one. Each trial writes 256 MB first, so that nothing of the
 candidate's is left in the L2 cache; a median of at least 50 trials is given with its spread.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -24,6 +26,7 @@ from torch import nn
 WARM_UPS = 10
 TRIALS = 50
 FLUSH_BYTES = 256 << 20
+_HEAD_START = 20_000_000  # clock cycles, about 10 ms, that the device idles while the host queues work
 
 Progress = Callable[[int, int], None]  # trials done, and how many there are
 
@@ -63,10 +66,10 @@ def interleaved(
     names = [name for name in candidates if name not in failed]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for trial in range(trials):
         progress(trial, trials)
-        turn = trial % max(len(names), 1)
-        for name in names[turn:] + names[:turn]:
+        for name in order.sample(names, len(names)):
             times[name].append(_trial(candidates[name], flush))
     measured = {name: asdict(Timing.of(times[name])) for name in names}
     return measured | {name: {"failed": why} for name, why in failed.items()}
@@ -106,6 +109,30 @@ def host_microseconds(run: Callable[[], Any], calls: int = 200, batches: int = 2
             run()
         times.append((time.perf_counter() - start) / calls * 1e6)
     return {"us": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def host_and_device(candidate: Candidate, trials: int = 15) -> dict[str, float]:
+    """Where a call's time goes. host_us: microseconds until it has queued its work. device_ms: milliseconds that the
+    device takes for it when all of it is queued beforehand, gaps that wait for the host left out.
+
+    A call whose host time exceeds its device time is limited by the host.
+    """
+    times = []
+    for _ in range(trials):
+        candidate.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+        start.record()
+        began = time.perf_counter()
+        result = candidate.run()
+        host = time.perf_counter() - began
+        end.record()
+        end.synchronize()
+        del result
+        times.append((host * 1e6, float(start.elapsed_time(end))))
+    hosts, devices = zip(*times, strict=True)
+    return {"host_us": statistics.median(hosts), "device_ms": statistics.median(devices)}
 
 
 def rates(trials: int = 20) -> dict[str, float]:
