@@ -52,7 +52,7 @@ class TensorMapArg:
 
     dims: extents, the innermost, which has unit stride, first. strides: of the other dimensions, in elements; multiples
     of `alignment` bytes, as the base must be. box: elements of each dimension that one copy moves; what lies outside
-    the tensor arrives as zeros. swizzle: bytes, 0 for none.
+    the tensor arrives as zeros. swizzle: bytes, 0 for none. written: the kernel stores boxes.
     """
 
     buffer: str
@@ -62,6 +62,7 @@ class TensorMapArg:
     box: tuple[int, ...]
     swizzle: int = 128
     offset: Size = 0
+    written: bool = False
 
     alignment: ClassVar[int] = 16  # CUDA driver API, cuTensorMapEncodeTiled
 
@@ -93,6 +94,11 @@ class LaunchSpec:
     cluster: tuple[int, int, int] = (1, 1, 1)
     comment: str = ""
     unaligned: LaunchSpec | None = field(default=None, repr=False)
+
+    @property
+    def tensor_maps(self) -> bool:
+        """Whether it takes tensor maps: then it runs on one architecture alone."""
+        return any(isinstance(arg, TensorMapArg) for arg in self.args)
 
     def symbols(self) -> Iterator[sympy.Symbol]:
         """Yields every size symbol that the launch depends on."""
