@@ -61,6 +61,13 @@ app.command(
 app.command(
     epilog=_lines(
         "Examples:",
+        "fusewright report model.py -o report.html",
+        "fusewright report model.py --measured bench.json --measured verify.json",
+    )
+)(models.report)
+app.command(
+    epilog=_lines(
+        "Examples:",
         "fusewright verify model.py model_new.py",
         "fusewright verify model.py by_hand.py --dtype bfloat16 --json report.json",
     )

@@ -61,6 +61,37 @@ def explain(
     output.result(found)
 
 
+def report(
+    file: File,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="PATH", help="Default: <stem>_report.html beside FILE.")
+    ] = None,
+    arch: Arch = None,
+    dtype: Dtype = None,
+    set_: Set = None,
+    allow_library: Annotated[
+        bool, typer.Option("--allow-library", help="As `optimize --allow-library` would.")
+    ] = False,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Show what `bench --json` or `verify --json` wrote to PATH; repeatable."),
+    ] = None,
+    json_: Json = None,
+) -> None:
+    """Write one HTML page: the model before and after, every kernel, the roofline, and what was measured."""
+    output = Output("report", json_, [file])
+    with output.loading():
+        from fusewright.tools.report import Request
+        from fusewright.tools.report import report as run
+
+        chip, cast = options.chip(arch), options.dtype(dtype)
+    target = out or file.with_name(f"{file.stem}_report.html")
+    request = Request(file, target, chip, cast, options.settings(set_), allow_library, measured or ())
+    with output.kept():
+        written = run(request, output.console)
+    output.result(written)
+
+
 def verify(
     reference: Reference,
     candidate: Annotated[
