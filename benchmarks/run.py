@@ -3,7 +3,7 @@
     python benchmarks/run.py [--quick] [--minutes 8] [--only STEP ...] [--copy-to DIR]
 
 --quick: fewer trials and no max-autotune. --copy-to: copies the results and the whole log to DIR, also if the time
-runs out.
+runs out. Steps that can are told how many seconds they have, and end by themselves with what they measured.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-LEAST_SECONDS = 10.0  # a step is not started with less
+LEAST_SECONDS = 30.0  # a step is not started with less
+ENDING = 20.0  # of a budgeted step: to start, and to end what it has begun
 
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: the most that it may take. quick: arguments for --quick."""
+    """seconds: the most that it may take. quick: arguments for --quick. budgeted: it takes --seconds."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     quick: tuple[str, ...] = ()
+    budgeted: bool = False
+
+    def arguments(self, quick: bool, limit: float) -> list[str]:
+        budget = ["--seconds", f"{limit - ENDING:.0f}"] if self.budgeted else []
+        return [*self.command, *(self.quick if quick else ()), *budget]
 
 
-def program(name: str, seconds: float, *quick: str) -> Step:
-    return Step(name, (sys.executable, str(HERE / f"{name}.py")), seconds, quick)
+def program(name: str, seconds: float, *quick: str, budgeted: bool = False) -> Step:
+    return Step(name, (sys.executable, str(HERE / f"{name}.py")), seconds, quick, budgeted)
 
 
 PYTEST = ["-m", "pytest", "-m", "gpu", "-n", "8", "--tb=short", "-rfE", "--continue-on-collection-errors"]
@@ -47,7 +53,12 @@ STEPS = (
     program("gemm_simt", 80, "--trials", "20"),
     program("first_call", 150, "--rounds", "1"),
     program("headline", 300, "--quick", "--trials", "30"),
-    program("accuracy", 120, "--quick"),
+    program("accuracy", 120, "--quick", budgeted=True),
+    program("epilogues", 75, "--quick", budgeted=True),
+    program("sweep", 180, "--quick", budgeted=True),
+    program("zoo", 400, "--quick", budgeted=True),
+    program("tower", 75, "--quick", budgeted=True),
+    program("training", 90, "--quick", budgeted=True),
 )
 
 
@@ -61,11 +72,11 @@ class Outcome:
 
 def perform(step: Step, quick: bool, seconds: float, log: Path) -> Outcome:
     """Runs one step, its output going to `log` and to the terminal's end."""
-    command = [*step.command, *(step.quick if quick else ())]
     start = time.monotonic()
     limit = min(step.seconds, seconds)
     if limit < LEAST_SECONDS:
         return Outcome(step.name, "no time left", 0.0, "")
+    command = step.arguments(quick, limit)
     with log.open("a") as out, tempfile.TemporaryFile("w+") as own:
         process = subprocess.Popen(
             command,

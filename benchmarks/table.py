@@ -3,7 +3,8 @@
     python benchmarks/table.py [--check] [FILE ...]
 
 A table named NAME lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. --check changes nothing and fails where
-a table is not what the results say.
+a table is not what the results say. Where a program has not run yet, the document says so: "Not measured yet" stands
+between the markers.
 """
 
 from __future__ import annotations
@@ -152,6 +153,144 @@ def first_call(result: Result) -> str:
     return grid(header, rows) + source(result)
 
 
+def image(name: str, what: str) -> str:
+    """A plot that `plot.py` draws, as documents in docs/ show it."""
+    return f"\n![{what}](images/{name}.svg)\n"
+
+
+def _figure(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else f"{value:{form}}×"
+
+
+def sweep(result: Result) -> str:
+    """By precision: geometric mean and extremes of the speedups; then the worst five of each; a plot."""
+    header = ["precision", "cases", "geometric mean", "target", "least", "most", "worst error ÷ Inductor's"]
+    rows = [
+        [
+            name,
+            f"{s['cases']}" + (f" ({s['failed']} failed)" if s["failed"] else ""),
+            *(_figure(s[k]) for k in ("geometric_mean", "target", "least", "most", "error_over_inductor")),
+        ]
+        for name, s in result["summary"].items()
+    ]
+    worst = ["precision", "M×N×K", "epilogue", "speedup", "ours ms", "Inductor ms", "kernel", "waves of tiles"]
+    note = (
+        f"\nSpeedup: the time of `torch.compile` (cuBLAS, then Inductor's fused epilogue) over that of our kernels "
+        f"alone, in inference; medians of {result['trials']} trials; shapes and epilogues drawn from seed "
+        f"{result['seed']}.\n"
+    )
+    five = [row for name in result["summary"] for row in _worst_five(result["cases"], name)]
+    return grid(header, rows) + note + "\nThe worst five of each:\n\n" + grid(worst, five) + source(result)
+
+
+def _worst_five(cases: Sequence[Result], precision: str) -> Iterator[list[str]]:
+    ran = [c for c in cases if "speedup" in c["results"].get(precision, {})]
+    for case in sorted(ran, key=lambda c: float(c["results"][precision]["speedup"]))[:5]:
+        found = case["results"][precision]
+        times = (_ms(found["timings"][name]) for name in ("fusewright alone", "inductor"))
+        program = found["program"]
+        kernel = " ".join(program.get(k, "") for k in ("family", "tile")).strip()
+        size = f"{case['m']}×{case['n']}×{case['k']}"
+        epilogue = ", ".join(case["steps"]) or "none"
+        yield [precision, size, epilogue, _figure(found["speedup"]), *times, kernel, _waves(case, program)]
+
+
+def _waves(case: Result, program: Result) -> str:
+    """Tiles over multiprocessors (an H200 has 132): just above a whole number, the last wave leaves the chip idle."""
+    tile = re.match(r"(\d+)×(\d+)", program.get("tile", ""))
+    if not tile:
+        return "–"
+    return f"{-(-case['m'] // int(tile[1])) * -(-case['n'] // int(tile[2])) / 132:.2f}"
+
+
+def epilogues(result: Result) -> str:
+    """What each epilogue adds to the bare product."""
+    summary = result["summary"]
+    rows = [["bare product", f"{summary['bare_ms']:.4f}", "–"]]
+    rows += [[n, f"{result['timings'][n]['ms']:.4f}", f"{cost:+.1%}"] for n, cost in summary["costs"].items()]
+    rows.append(["bare product, cuBLAS", f"{result['timings']['cuBLAS']['ms']:.4f}", "–"])
+    note = (
+        f"\n{result['dtype']}, {result['size']}³, our kernels alone, inference; the target is at most "
+        f"{summary['limit']:.0%}; median of {result['timings']['cuBLAS']['trials']} trials.\n"
+    )
+    return grid(["epilogue", "ms", "over the bare product"], rows) + note + source(result)
+
+
+def zoo(result: Result) -> str:
+    """By model: kernels, and speedups over the best baseline by dtype and mode."""
+    modes, dtypes = ("forward", "forward+backward"), list(result["summary"])
+    header = [
+        "model",
+        "kernels forward",
+        "with backward",
+        *(f"{d}, {m}" for d in dtypes for m in modes),
+        "best baseline",
+    ]
+    rows = []
+    for model, by_dtype in result["models"].items():
+        found = {d: r for d, r in by_dtype.items() if "modes" in r}
+        kernels = next((r["kernels"] for r in (found.get(d, {}) for d in dtypes[::-1]) if r), None)
+        counts = [" → ".join(str(kernels[n][m]) for n in ("eager", "fusewright")) if kernels else "–" for m in modes]
+        cells = [found.get(d, {}).get("modes", {}).get(m, {}) for d in dtypes for m in modes]
+        best = dict.fromkeys(CANDIDATES.get(c["best"], c["best"]) for c in cells if "best" in c)
+        rows.append([f"`{model}`", *counts, *(_figure(c.get("speedup")) for c in cells), ", ".join(best)])
+    lines = [
+        f"{dtype}: geometric mean {s['geometric_mean']:.2f}× (target {s['target']:.2f}×), worst {s['worst'][1]:.2f}× "
+        f"({s['worst'][0]}; none may be below {s['least_allowed']:.2f}×)."
+        for dtype, s in result["summary"].items()
+    ]
+    with_search = sum(
+        "inductor max-autotune" in c.get("timings", {})
+        for m in result["models"].values()
+        for d in m.values()
+        for c in d.get("modes", {}).values()
+    )
+    note = f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it).\n"
+    return grid(header, rows) + "\n" + "\n".join(lines) + "\n" + note + source(result)
+
+
+def training(result: Result) -> str:
+    """How far our loss curve is from eager's, beside eager's own spread."""
+    rows = []
+    for name, found in result["runs"].items():
+        if "failed" in found:
+            rows.append([name, "–", "–", "–", "failed"])
+            continue
+        figures = [f"{found[k]:.3g}" for k in ("distance", "spread", "last_loss")]
+        rows.append([name, *figures, "yes" if found["passed"] else "**no**"])
+    header = ["", "distance to eager", "eager's own spread", "last loss", "within the spread"]
+    note = (
+        f"\n{result['steps']} steps at batch {result['batch']}; layers {' → '.join(map(str, result['layers']))}. "
+        f"Distance: the largest difference of two curves' means over {result['window']} steps; ours to the nearest of "
+        f"eager's {result['eager_runs']} runs; spread: the largest between two of those. They differ by the order of "
+        f"rows in a batch and an ulp in the initial weights.\n"
+    )
+    return grid(header, rows) + note + source(result)
+
+
+def tower(result: Result) -> str:
+    """A small batch with CUDA graphs."""
+    names = ("eager", "inductor", "inductor reduce-overhead", "fusewright", "fusewright, CUDA graphs")
+    rows = [
+        [name, *(_ms(found.get("timings", {}).get(n)) for n in names), _figure(found.get("over_reduce_overhead"))]
+        for name, found in result["towers"].items()
+    ]
+    note = (
+        f"\nMilliseconds at batch {result['batch']}, inference. The last column is to be at most "
+        f"{result['target']:.1f}×; its geometric mean is {_figure(result['geometric_mean'])}.\n"
+    )
+    header = [
+        "five Linears",
+        "eager",
+        "torch.compile",
+        "reduce-overhead",
+        "fusewright",
+        "with CUDA graphs",
+        "÷ reduce-overhead",
+    ]
+    return grid(header, rows) + note + source(result)
+
+
 # marker → the results that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("headline", headline),
@@ -160,17 +299,29 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "float32_accuracy": ("accuracy", float32_accuracy),
     "gemm_simt": ("gemm_simt", gemm_simt),
     "first_call": ("first_call", first_call),
+    "sweep": ("sweep", lambda r: sweep(r) + image("sweep", "Speedups of the sweep by size and precision")),
+    "epilogues": ("epilogues", epilogues),
+    "zoo": ("zoo", lambda r: zoo(r) + image("zoo", "Speedups of the zoo's models")),
+    "training": ("training", lambda r: training(r) + image("training", "Loss curves with and without fusewright")),
+    "tower": ("tower", tower),
 }
+NOT_MEASURED = "Not measured yet"
 
 
-def render(name: str, results: Path = RESULTS) -> str:
-    """The table for a marker. Raises Stale where there is no such table or no results."""
+def render(name: str, results: Path = RESULTS, body: str = "") -> str:
+    """The table for a marker. body: what stands there now; where it says so, a program need not have run.
+
+    Raises Stale where there is no such table, or no results.
+    """
     if name not in TABLES:
         raise Stale(f"no table is called {name!r}; there are {', '.join(TABLES)}")
     program, table = TABLES[name]
     path = results / f"{program}.json"
+    if not path.is_file() and body.startswith(NOT_MEASURED):
+        return f"{NOT_MEASURED}: `python benchmarks/{program}.py` does it, on a GPU.\n"
     if not path.is_file():
-        raise Stale(f"the table {name!r} needs {path}; run `python benchmarks/{program}.py` on a GPU")
+        wanted = f"run `python benchmarks/{program}.py` on a GPU, or write {NOT_MEASURED!r} between its markers"
+        raise Stale(f"the table {name!r} needs {path}; {wanted}")
     return table(json.loads(path.read_text()))
 
 
@@ -179,7 +330,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"<!-- {name}:begin -->\n{render(name, results)}<!-- {name}:end -->"
+        return f"<!-- {name}:begin -->\n{render(name, results, match['body'])}<!-- {name}:end -->"
 
     return MARKER.sub(replace, text)
 

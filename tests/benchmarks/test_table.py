@@ -38,6 +38,83 @@ def _timing(ms: float) -> dict[str, float]:
     return {"ms": ms, "low": ms, "high": ms, "trials": 50}
 
 
+def compared() -> dict[str, Any]:
+    """Results of the programs that compare many models."""
+    case = {
+        "speedup": 2.0,
+        "error_over_inductor": 0.5,
+        "timings": {"fusewright alone": _timing(1.0), "inductor": _timing(2.0)},
+        "program": {"family": "gemm_sm90", "tile": "128×256×64"},
+    }
+    failed = {"m": 600, "n": 700, "k": 512, "steps": [], "results": {"float32": {"failed": "why"}}}
+    summary = {"cases": 1, "failed": 1, "geometric_mean": 2.0, "target": 3.5, "least": 2.0, "most": 2.0}
+    mode = {"best": "inductor", "speedup": 3.0, "timings": {"inductor max-autotune": _timing(3.0)}}
+    launches = {n: {"forward": count, "forward+backward": 3 * count} for n, count in (("eager", 5), ("fusewright", 3))}
+    curve = [1.0, 0.5, 0.25]
+    return {
+        "sweep": {
+            "environment": ENVIRONMENT,
+            "seed": 1234,
+            "trials": 10,
+            "cases": [
+                {"m": 1000, "n": 2048, "k": 512, "steps": ["bias", "GELU"], "results": {"float32": case}},
+                failed,
+            ],
+            "summary": {"float32": summary | {"error_over_inductor": 0.5}},
+        },
+        "epilogues": {
+            "environment": ENVIRONMENT,
+            "size": 4096,
+            "dtype": "bfloat16",
+            "timings": {n: _timing(0.2) for n in ("nothing", "bias", "cuBLAS")},
+            "summary": {"bare_ms": 0.2, "limit": 0.03, "costs": {"bias": 0.0125}, "worst": 0.0125},
+        },
+        "zoo": {
+            "environment": ENVIRONMENT,
+            "models": {"gated_mlp": {"float32": {"modes": {"forward": mode}, "kernels": launches}}},
+            "summary": {
+                "float32": {
+                    "geometric_mean": 3.0,
+                    "target": 3.0,
+                    "worst": ["gated_mlp, forward", 3.0],
+                    "least_allowed": 0.97,
+                }
+            },
+        },
+        "training": {
+            "environment": ENVIRONMENT,
+            "steps": 3,
+            "batch": 8,
+            "layers": [4, 2],
+            "window": 25,
+            "eager_runs": 2,
+            "runs": {
+                "float32, SGD": {
+                    "eager": [curve, curve],
+                    "fusewright": curve,
+                    "distance": 1e-4,
+                    "spread": 2e-4,
+                    "passed": True,
+                    "last_loss": 0.25,
+                },
+                "bfloat16, SGD": {"failed": "why"},
+            },
+        },
+        "tower": {
+            "environment": ENVIRONMENT,
+            "batch": 16,
+            "target": 0.8,
+            "geometric_mean": 0.75,
+            "towers": {
+                "float32, 1024 wide": {
+                    "timings": {"eager": _timing(0.1), "fusewright, CUDA graphs": {"failed": "why"}},
+                    "over_reduce_overhead": 0.75,
+                }
+            },
+        },
+    }
+
+
 def _results() -> dict[str, Any]:
     errors = {"output": {"median": 0.9, "bias": 1.1}, "gradient of x": {"median": 0.7}}
     timings = {"eager": _timing(2.0), "fusewright": _timing(1.5), "fusewright alone": {"failed": "why"}}
@@ -69,6 +146,7 @@ def _results() -> dict[str, Any]:
         "gemm_simt": {"environment": ENVIRONMENT, "products": [product]},
         "first_call": {"environment": ENVIRONMENT, "summary": {"cold": state, "warm": state}},
         "accuracy": {"environment": ENVIRONMENT, "size": [8, 16], "seeds": 5, "products": {"normal": accuracy}},
+        **compared(),
     }
 
 
@@ -101,7 +179,15 @@ def test_writes_every_table_from_the_results(tmp_path: Path, results: Path) -> N
     assert "| x·Wᵀ, x 1×3, W 2×3 | 1.000 | 1.250 | tile | 80% | 0.62× |" in text
     assert "| cold cache | 6.00 | 3.00 | 0.50× | 0.50 |" in text
     assert "| over cuBLAS SGEMM | K = 31 | K = 1000 |" in text and "| normal | 0.25, 0.5 | 0.25, 0.5 |" in text
-    assert text.count("between") == len(table.TABLES) and "\nold\n" not in text
+    assert "| float32 | 1 (1 failed) | 2.00× | 3.50× | 2.00× | 2.00× | 0.50× |" in text
+    assert "| float32 | 1000×2048×512 | bias, GELU | 2.00× | 1.000 | 2.000 | gemm_sm90 128×256×64 | 0.48 |" in text
+    assert "drawn from seed 1234" in text and "![Speedups of the sweep by size and precision](images/sweep.svg)" in text
+    assert "| bare product | 0.2000 | – |\n| bias | 0.2000 | +1.2% |" in text
+    assert "| `gated_mlp` | 5 → 3 | 15 → 9 | 3.00× | – | torch.compile |" in text
+    assert "worst 3.00× (gated_mlp, forward; none may be below 0.97×)" in text and "(1 comparisons had it)" in text
+    assert "| float32, SGD | 0.0001 | 0.0002 | 0.25 | yes |\n| bfloat16, SGD | – | – | – | failed |" in text
+    assert "| float32, 1024 wide | 0.100 | – | – | – | – | 0.75× |" in text
+    assert text.count("\nbetween\n") == len(table.TABLES) and "\nold\n" not in text
     assert _run(document, results) == 0
     assert document.read_text() == text
 
@@ -133,6 +219,24 @@ def test_names_the_table_that_cannot_be_written(name: str, tmp_path: Path, capsy
     assert _run(document, tmp_path / "nowhere") == 1
     assert repr(name) in capsys.readouterr().err
     assert document.read_text() == before
+
+
+def test_a_table_may_wait_for_its_results_where_the_document_says_so(
+    tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = _document(tmp_path, *table.TABLES)
+    _run(document, results)
+    whole = (results / "sweep.json").rename(tmp_path / "sweep.json")
+    before = document.read_text()
+    assert _run(document, results, "--check") == 1, "a table without its results"
+    assert "'Not measured yet'" in capsys.readouterr().err
+    assert _run(document, results) == 1 and document.read_text() == before
+    document.write_text(before.replace("<!-- sweep:begin -->\n", "<!-- sweep:begin -->\nNot measured yet\n"))
+    assert _run(document, results) == 0 and "benchmarks/sweep.py` does it" in document.read_text()
+    assert _run(document, results, "--check") == 0
+    whole.rename(results / "sweep.json")
+    assert _run(document, results, "--check") == 1, "the results are there"
+    assert _run(document, results) == 0 and document.read_text() == before
 
 
 def test_committed_tables_are_current() -> None:

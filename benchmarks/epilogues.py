@@ -1,0 +1,76 @@
+"""What an epilogue costs over the bare product, our kernels alone, bfloat16. Writes results/epilogues.json.
+
+    python benchmarks/epilogues.py [--quick] [--seconds 60]
+
+x·Wᵀ of 4096 × 4096 × 4096 in inference; the bare product by cuBLAS for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+import measure
+from common import Budget, Subject, compiling_only, fill_caches
+from products import EIGHT, made, title
+
+SIZE = 4096
+DTYPE = torch.bfloat16
+LIMIT = 0.03  # of the bare product's time
+BARE: tuple[str, ...] = ()
+CASES = (BARE, *EIGHT)
+COMPILED = {"backend": "fusewright", "options": {"library": False}}
+
+
+def subject(steps: tuple[str, ...], compiled: dict[str, Any] | None) -> Subject:
+    model, inputs = made(SIZE, SIZE, SIZE, steps, DTYPE, "cuda")
+    return Subject(model, inputs, compiled)
+
+
+def prepare(steps: tuple[str, ...]) -> None:
+    with compiling_only():
+        subject(steps, COMPILED).forward()
+
+
+def summary(timings: dict[str, Any]) -> dict[str, Any]:
+    """By epilogue: its share of the bare product's time, on top."""
+    bare = timings[title(BARE)]["ms"]
+    costs = {title(s): timings[title(s)]["ms"] / bare - 1 for s in EIGHT if "ms" in timings.get(title(s), {})}
+    return {"bare_ms": bare, "limit": LIMIT, "costs": costs, "worst": max(costs.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer trials")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    budget = Budget(options.seconds)
+    fill_caches(prepare, CASES, 0.6 * budget.left)
+    subjects = {}
+    with measure.recorded() as built:
+        for steps in CASES:
+            if budget.spent and subjects:
+                print(f"time is up: {title(steps)} is left out", flush=True)
+                continue
+            subjects[title(steps)] = subject(steps, COMPILED)
+            subjects[title(steps)].forward()
+    timed = {name: s.candidate("forward") for name, s in subjects.items()}
+    timed["cuBLAS"] = subject(BARE, None).candidate("forward")
+    timings = measure.interleaved(timed, 20 if options.quick else 2 * measure.TRIALS)
+    programs = [p for b in built for p in measure.executable_of(b).programs.values()]
+    report = {
+        "environment": measure.environment(),
+        "size": SIZE,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "timings": timings,
+        "tiles": dict(zip(subjects, (f"{p.family} {p.variant}" for p in programs), strict=False)),
+        "summary": summary(timings),
+    }
+    measure.write("epilogues", report)
+    print({name: f"{cost:+.1%}" for name, cost in report["summary"]["costs"].items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Random shapes and epilogues, our kernels alone beside cuBLAS with Inductor's epilogue. Writes results/sweep.json.
+
+    python benchmarks/sweep.py [--quick] [--seconds 150] [--cases 40] [--seed S]
+
+The seed is chosen at each run and recorded; --seed repeats a run. M and N lie between 512 and 8192, K between 512 and
+8192, evenly on a logarithmic scale; half of the sizes are multiples of 128, a quarter multiples of 8, and a quarter any
+number, but K stays a multiple of 8. Each case runs in inference in every precision. Errors are against float64, in the
+Frobenius norm, as ratios to Inductor's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import measure
+from common import Budget, Subject, attempt, compiling_only, fill_caches, geometric_mean
+from fusewright.errors import UnknownSetting
+from fusewright.settings import Settings
+from measure import Candidate
+from products import ACTIVATIONS, BIAS, OTHERS, PRECISIONS, Precision, flags, made
+
+LEAST, MOST = 512, 8192
+TRIALS = 10
+SHARE = 0.45  # of the time, at most, goes into filling caches
+TARGETS = {"bfloat16": 1.0, "float16": 1.0, "float32": 3.5, "TF32, frozen": 1.6}
+OURS, THEIRS = "fusewright alone", "inductor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """y [m, n] = steps(x [m, k] · Wᵀ)."""
+
+    m: int
+    n: int
+    k: int
+    steps: tuple[str, ...]
+
+
+def draw(seed: int, count: int) -> list[Case]:
+    generator = random.Random(seed)
+    return [_case(generator) for _ in range(count)]
+
+
+def _case(r: random.Random) -> Case:
+    def size(steps: Sequence[int]) -> int:
+        value, step = LEAST * (MOST / LEAST) ** r.random(), r.choice(steps)
+        return max(LEAST, round(value / step) * step)
+
+    bias = [BIAS] if r.random() < 0.7 else []
+    activation = [r.choice(list(ACTIVATIONS))] if r.random() < 0.7 else []
+    other = [r.choice(list(OTHERS))] if r.random() < 0.6 else []
+    rest = [*activation, *other] if r.random() < 0.5 else [*other, *activation]
+    steps = (128, 128, 8, 1)
+    return Case(size(steps), size(steps), size((128, 128, 8, 8)), (*bias, *rest))
+
+
+def available() -> dict[str, Precision]:
+    """The precisions whose options this version of fusewright has."""
+    found = {}
+    for name, precision in PRECISIONS.items():
+        try:
+            Settings.of(precision.options)
+        except UnknownSetting as error:
+            print(f"{name}: not measured: {error}", flush=True)
+        else:
+            found[name] = precision
+    return found
+
+
+def compilations(precision: Precision) -> dict[str, dict[str, Any]]:
+    ours = {"backend": "fusewright", "options": {"library": False, **precision.options}}
+    return {THEIRS: {"backend": "inductor"}, OURS: ours}
+
+
+def prepare(task: tuple[Case, str]) -> None:
+    """Compiles both candidates of a case in a worker, into the caches."""
+    case, name = task
+    precision = PRECISIONS[name]
+    model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
+    theirs, ours = (Subject(model, inputs, compiled) for compiled in compilations(precision).values())
+    with flags(precision.tf32):
+        with compiling_only():
+            ours.forward()
+        theirs.forward()
+    torch.cuda.synchronize()
+
+
+def one(case: Case, precision: Precision, trials: int) -> dict[str, Any]:
+    torch._dynamo.reset()
+    model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
+    subjects = {name: Subject(model, inputs, compiled) for name, compiled in compilations(precision).items()}
+    with flags(precision.tf32), measure.recorded() as built:
+        errors = _errors(subjects, Subject(model.double(), [x.double() for x in inputs]).forward())
+        timed = measure.interleaved({name: Candidate(s.forward) for name, s in subjects.items()}, trials)
+    found: dict[str, Any] = {"timings": timed, "errors": errors, "program": _program(built)}
+    if all("ms" in t for t in timed.values()):
+        found["speedup"] = timed[THEIRS]["ms"] / timed[OURS]["ms"]
+        found["tflop_per_s"] = 2e-9 * case.m * case.n * case.k / timed[OURS]["ms"]
+    if all(isinstance(e, float) for e in errors.values()):
+        found["error_over_inductor"] = errors[OURS] / max(errors[THEIRS], 1e-30)
+    return found
+
+
+def _errors(subjects: Mapping[str, Subject], exact: Tensor) -> dict[str, Any]:
+    def error(subject: Subject) -> float:
+        return float((subject.forward().double() - exact).norm() / exact.norm())
+
+    return {name: attempt(partial(error, subject)) for name, subject in subjects.items()}
+
+
+def _program(built: list[Any]) -> dict[str, str]:
+    """The kernel that was chosen for the product."""
+    programs = [p for b in built for p in measure.executable_of(b).programs.values()]
+    product = next((p for p in programs if p.region.gemm is not None), None)
+    return {"family": product.family, "tile": product.variant} if product else {}
+
+
+def summary(cases: Sequence[dict[str, Any]], precisions: Sequence[str]) -> dict[str, Any]:
+    """By precision: the geometric mean of the speedups, the target, the extremes, the worst error and failures."""
+    found = {}
+    for name in precisions:
+        results = [case["results"][name] for case in cases if name in case["results"]]
+        ratios = [r["speedup"] for r in results if "speedup" in r]
+        if not results:
+            continue
+        found[name] = {
+            "cases": len(ratios),
+            "failed": len(results) - len(ratios),
+            "geometric_mean": geometric_mean(ratios),
+            "target": TARGETS[name],
+            "least": min(ratios, default=None),
+            "most": max(ratios, default=None),
+            "error_over_inductor": max(
+                (r["error_over_inductor"] for r in results if "error_over_inductor" in r), default=None
+            ),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="eight cases, six trials")
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    budget, trials = Budget(options.seconds), 6 if options.quick else TRIALS
+    seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
+    cases = draw(seed, min(options.cases, 8) if options.quick else options.cases)
+    precisions = available()
+    fill_caches(prepare, [(case, name) for case in cases for name in precisions], SHARE * budget.left)
+    report: dict[str, Any] = {"environment": measure.environment(), "seed": seed, "trials": trials, "cases": []}
+    for case in cases:
+        if budget.spent:
+            print(f"time is up: {len(report['cases'])} of {len(cases)} cases", flush=True)
+            break
+        results = {name: attempt(partial(one, case, p, trials)) for name, p in precisions.items()}
+        report["cases"].append({**dataclasses.asdict(case), "results": results})
+        report["summary"] = summary(report["cases"], list(precisions))
+        measure.write("sweep", report)
+        shown = {name: round(r["speedup"], 2) if "speedup" in r else r for name, r in results.items()}
+        print(f"{case.m}×{case.n}×{case.k} {', '.join(case.steps)}: {shown}", flush=True)
+    print({name: round(s["geometric_mean"], 3) for name, s in report.get("summary", {}).items()}, "seed", seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A tower of five Linears at batch 16, ours with CUDA graphs beside torch.compile's. Writes results/tower.json.
+
+    python benchmarks/tower.py [--quick] [--seconds 60]
+
+In inference. Launches, not kernels, take the time of so small a batch: hence CUDA graphs on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+import measure
+from common import Budget, Subject, attempt, compiling_only, fill_caches, geometric_mean
+from fusewright.capture import model_file
+from zoo import ZOO
+
+BATCH = 16
+WIDTHS = (1024, 4096)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TARGET = 0.8  # of reduce-overhead's time
+
+OURS, THEIRS = "fusewright, CUDA graphs", "inductor reduce-overhead"
+COMPILED: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "inductor": {"backend": "inductor"},
+    THEIRS: {"backend": "inductor", "mode": "reduce-overhead"},
+    "fusewright": {"backend": "fusewright"},
+    OURS: {"backend": "fusewright", "options": {"cuda_graphs": True}},
+}
+
+Task = tuple[int, str]  # width, dtype
+
+
+def subject(task: Task, candidate: str) -> Subject:
+    width, dtype = task
+    file = model_file.load(ZOO / "tower.py", {"batch_size": BATCH, "features": width})
+    instance = file.instantiate(dtype=DTYPES[dtype], device="cuda")
+    return Subject(instance.model, instance.inputs, COMPILED[candidate])
+
+
+def prepare(task: Task) -> None:
+    with compiling_only():
+        subject(task, "fusewright").forward()
+    subject(task, "inductor").forward()
+    torch.cuda.synchronize()
+
+
+def one(task: Task, trials: int) -> dict[str, Any]:
+    torch._dynamo.reset()
+    subjects = {name: subject(task, name) for name in COMPILED}
+    timed = measure.interleaved({name: s.candidate("forward") for name, s in subjects.items()}, trials)
+    host = {n: attempt(partial(measure.host_microseconds, s.forward, 50, 10)) for n, s in subjects.items()}
+    return {"timings": timed, "host": host, **ratio(timed)}
+
+
+def ratio(timed: Mapping[str, Any]) -> dict[str, float]:
+    """Ours over theirs, both with CUDA graphs: below 1 is faster."""
+    if any("ms" not in timed.get(name, {}) for name in (OURS, THEIRS)):
+        return {}
+    return {"over_reduce_overhead": timed[OURS]["ms"] / timed[THEIRS]["ms"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer trials")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    budget = Budget(options.seconds)
+    tasks = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
+    fill_caches(prepare, tasks, 0.5 * budget.left)
+    report: dict[str, Any] = {"environment": measure.environment(), "batch": BATCH, "target": TARGET, "towers": {}}
+    for task in tasks:
+        if budget.spent:
+            print(f"time is up: {task} is left out", flush=True)
+            continue
+        name = f"{task[1]}, {task[0]} wide"
+        report["towers"][name] = found = attempt(partial(one, task, 30 if options.quick else 100))
+        ratios = [t["over_reduce_overhead"] for t in report["towers"].values() if "over_reduce_overhead" in t]
+        report["geometric_mean"] = geometric_mean(ratios) if ratios else None
+        measure.write("tower", report)
+        print(name, found.get("over_reduce_overhead"), found.get("timings", found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The programs that compare many models, where they need no GPU: what they draw, train, sum up and call a success."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import common
+import epilogues
+import measure
+import run
+import sweep
+import tower
+import training
+import zoo
+from common import Subject, compiling_only, fill_caches, geometric_mean
+from products import EIGHT, PRECISIONS, STEPS, Product, flags, made
+
+
+def timing(ms: float) -> dict[str, Any]:
+    return {"ms": ms, "low": ms, "high": ms, "trials": 10}
+
+
+def test_draws_are_as_the_text_says_and_repeat_by_seed() -> None:
+    cases = [case for seed in range(50) for case in sweep.draw(seed, 40)]
+    assert sweep.draw(3, 40) == sweep.draw(3, 40) != sweep.draw(4, 40)
+    for sizes, ragged in (([c.m for c in cases], 0.22), ([c.n for c in cases], 0.22), ([c.k for c in cases], 0.0)):
+        assert min(sizes) == 512 and 8000 < max(sizes) <= 8192
+        assert sum(s < 2048 for s in sizes) / len(sizes) == pytest.approx(0.5, abs=0.04)
+        assert sum(bool(s % 8) for s in sizes) / len(sizes) == pytest.approx(ragged, abs=0.03)
+    assert {name for c in cases for name in c.steps} == {"bias", *STEPS}
+    assert {c.steps == () for c in cases} == {True, False}
+
+
+def test_a_sweep_is_summed_up_by_precision() -> None:
+    def case(ratio: float | None) -> dict[str, Any]:
+        found = {"failed": "why"} if ratio is None else {"speedup": ratio, "error_over_inductor": ratio / 2}
+        return {"results": {"float32": found}}
+
+    found = sweep.summary([case(2.0), case(8.0), case(None)], ["float32", "bfloat16"])
+    assert found.keys() == {"float32"}
+    assert found["float32"]["geometric_mean"] == pytest.approx(4.0) and found["float32"]["target"] == 3.5
+    assert (found["float32"]["cases"], found["float32"]["failed"]) == (2, 1)
+    assert (found["float32"]["least"], found["float32"]["error_over_inductor"]) == (2.0, 4.0)
+    assert sweep.TARGETS.keys() == PRECISIONS.keys()
+    assert math.isnan(geometric_mean([]))
+
+
+def test_precisions_set_torchs_flags_inside_only() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    for precision in PRECISIONS.values():
+        with flags(precision.tf32):
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is precision.tf32
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("steps", EIGHT, ids=", ".join)
+def test_each_epilogue_changes_the_product(steps: tuple[str, ...]) -> None:
+    model, (x, tile) = made(24, 16, 32, steps, torch.float32, "cpu")
+    bare = x @ model.linear.weight.T
+    assert isinstance(model, Product) and not torch.allclose(model(x, tile), bare)
+    assert (model.linear.bias is not None) is (steps == ("bias",))
+
+
+def test_costs_are_over_the_bare_product() -> None:
+    found = epilogues.summary({"nothing": timing(2.0), "bias": timing(2.05), "ReLU": {"failed": "why"}})
+    assert found["costs"] == {"bias": pytest.approx(0.025)} and found["worst"] == found["costs"]["bias"]
+    assert found["limit"] == 0.03
+
+
+def test_a_speedup_is_over_the_best_baseline() -> None:
+    timed = {"eager": timing(3.0), "inductor": timing(2.0), "fusewright": timing(1.0), zoo.AUTOTUNE: {"failed": ""}}
+    assert zoo.speedup(timed) == {"best": "inductor", "speedup": 2.0}
+    assert zoo.speedup({"eager": timing(3.0), "fusewright": {"failed": "why"}}) == {}
+    models = {"one": {"float32": {"modes": {"forward": {"speedup": 2.0}, "forward+backward": {"speedup": 4.5}}}}}
+    found = zoo.summary(models)
+    assert found.keys() == {"float32"} and found["float32"]["geometric_mean"] == pytest.approx(3.0)
+    assert found["float32"]["worst"] == ["one, forward", 2.0] and found["float32"]["target"] == 3.0
+    assert tower.ratio({tower.OURS: timing(0.75), tower.THEIRS: timing(1.0)}) == {"over_reduce_overhead": 0.75}
+    assert tower.ratio({tower.OURS: {"failed": "why"}, tower.THEIRS: timing(1.0)}) == {}
+
+
+def test_a_subject_gives_every_gradient_and_leaves_the_model() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(5, 3), [torch.randn(4, 5)]
+    subject = Subject(model, inputs).training()
+    found = subject.results()
+    assert found.keys() == {"output", "gradient of input 0", "gradient of weight", "gradient of bias"}
+    assert torch.allclose(found["gradient of weight"], subject.gradient.T @ inputs[0], atol=1e-6)
+    assert model.weight.grad is None and inputs[0].grad is None
+    wrong = Subject(copy.deepcopy(model), inputs).training()
+    with torch.no_grad():
+        wrong.model.bias.add_(0.01)
+    found = common.errors({"right": Subject(model, inputs).training(), "wrong": wrong}, subject)
+    assert found["right"]["problems"] == [] and found["wrong"]["problems"]
+
+
+def test_compiling_only_runs_nothing() -> None:
+    compiled = {"backend": "fusewright", "options": {"simulate": True, "arch": "sm_80"}}
+    with measure.recorded() as built, compiling_only():
+        Subject(nn.ReLU(), [torch.randn(8, 8)], compiled).forward()
+        pytest.fail("the call returned")
+    assert len(built) == 1 and built[0].loaded
+    torch._dynamo.reset()
+
+
+def _touch(path: Path) -> None:
+    if path.name == "fails":
+        raise ValueError
+    if path.name == "slow":
+        time.sleep(600)
+    path.write_text("here")
+
+
+def test_caches_are_filled_by_processes_until_the_time_is_up(tmp_path: Path) -> None:
+    assert fill_caches(_touch, [tmp_path / "a", tmp_path / "fails", tmp_path / "b"], 120) == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+    start = time.monotonic()
+    assert fill_caches(_touch, [tmp_path / "slow"], 0.5) == 0
+    assert time.monotonic() - start < 60
+
+
+def test_curves_within_the_spread_pass() -> None:
+    r = random.Random(0)
+
+    def curve(offset: float) -> list[float]:
+        return [offset + math.exp(-i / 50) + 0.001 * r.random() for i in range(100)]
+
+    eager = [curve(0.0), curve(0.01), curve(-0.01)]
+    inside, outside = training.verdict(curve(0.005), eager), training.verdict(curve(0.05), eager)
+    assert inside["passed"] and inside["distance"] < inside["spread"] == pytest.approx(0.02, abs=2e-3)
+    assert not outside["passed"] and outside["distance"] == pytest.approx(0.04, abs=2e-3)
+    flat = [1.0] * 100
+    assert not training.verdict(flat, [flat, flat])["passed"], "nothing was learnt"
+
+
+@pytest.mark.parametrize("optimiser", training.OPTIMISERS)
+def test_the_classifier_learns_and_orders_differ_by_rounding(optimiser: str) -> None:
+    data = training.Data.of_teacher(512, 16, 4, "cpu")
+    torch.manual_seed(0)
+    initial, curves = training.Classifier(16, 32, 4), []
+    for order in (0, 0, 1):
+        model = copy.deepcopy(initial)
+        training.nudge(model, order)
+        batches = data.batches(64, 20, order)
+        curves.append(training.train(model, model, training.OPTIMISERS[optimiser], batches))
+    same, again, other = curves
+    assert same == again != other
+    assert training.distance(same, other) < 1e-3 and same[-1] < same[0]
+
+
+def test_a_nudge_is_one_ulp() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(40, 30).to(dtype)
+        before = model.weight.detach().clone()
+        training.nudge(model, 1)
+        moved = ((model.weight - before).abs() / before.abs()).detach()
+        assert float(moved.max()) <= torch.finfo(dtype).eps * 1.01
+        assert 0.25 < float((moved == 0).float().mean()) < 0.42
+        before = model.weight.detach().clone()
+        training.nudge(model, 0)
+        assert torch.equal(model.weight, before)
+
+
+def test_budgeted_steps_are_told_their_time(tmp_path: Path) -> None:
+    steps = {s.name: s for s in run.STEPS}
+    assert {"sweep", "epilogues", "zoo", "tower", "training"} <= steps.keys()
+    arguments = steps["sweep"].arguments(True, 100.0)
+    assert arguments[-3:] == ["--quick", "--seconds", "80"]
+    assert "--seconds" not in steps["gemm_simt"].arguments(False, 50)
+    told = run.Step("told", ("/bin/sh", "-c", 'echo "$@"', "told"), 60, budgeted=True)
+    outcome = run.perform(told, False, 50, tmp_path / "log.txt")
+    assert (outcome.verdict, outcome.last) == ("passed", "--seconds 30")
+    assert run.perform(told, False, run.LEAST_SECONDS - 1, tmp_path / "log.txt").verdict == "no time left"
+
+
+def test_results_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    path = measure.write("sweep", {"summary": sweep.summary([], ["float32"]), "seed": 1})
+    assert json.loads(path.read_text())["seed"] == 1
