@@ -414,27 +414,6 @@ template <class T> __device__ __forceinline__ T absolute(T x) { return x < T(0) 
 // NaN gives 0, as in ATen.
 template <class T> __device__ __forceinline__ T sign(T x) { return T((T(0) < x) - (x < T(0))); }
 
-__device__ __forceinline__ float remainder_toward_zero(float a, float b) { return fmodf(a, b); }
-__device__ __forceinline__ double remainder_toward_zero(double a, double b) { return fmod(a, b); }
-template <class T> __device__ __forceinline__ T remainder_toward_zero(T a, T b) { return a % b; }
-
-__device__ __forceinline__ float power(float a, float b) { return powf(a, b); }
-__device__ __forceinline__ double power(double a, double b) { return pow(a, b); }
-// By squaring; a negative exponent gives 1/a truncated, as in ATen.
-template <class T> __device__ __forceinline__ T power(T base, T exponent) {
-    if (exponent < T(0)) {
-        if (base == T(1)) return T(1);
-        if (base == T(-1)) return (exponent % T(2)) ? T(-1) : T(1);
-        return T(0);
-    }
-    T result = T(1);
-    for (; exponent; exponent /= T(2)) {
-        if (exponent % T(2)) result *= base;
-        base *= base;
-    }
-    return result;
-}
-
 __device__ __forceinline__ bool bitwise_not(bool x) { return !x; }
 template <class T> __device__ __forceinline__ T bitwise_not(T x) { return T(~x); }
 
@@ -862,7 +841,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_6a6124d40fe4::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results)});
         return std::get<0>(results);
@@ -870,7 +849,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_6a6124d40fe4::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -890,7 +869,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_6a6124d40fe4::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::fused");
     return run.call(weight, bias, x);
 }
 
@@ -899,7 +878,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_6a6124d40fe4::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
         return run.call(weight, x, mask, grad, wanted);
     }
 
@@ -912,31 +891,31 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_6a6124d40fe4::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
     return run.call(weight, x, mask, grad, wanted);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_6a6124d40fe4, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_6a6124d40fe4, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_6a6124d40fe4, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_6a6124d40fe4, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
 }
@@ -944,7 +923,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_6a6124d40fe4, Autograd, li
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_6a6124d40fe4",
+        name="fusewright_gemm_multiply_leakyrelu_a5fbf6334539",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -972,7 +951,7 @@ class ModelNew(nn.Module):
             self.leaky_relu.negative_slope,
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
-        return torch.ops.fusewright_gemm_multiply_leakyrelu_6a6124d40fe4.fused(self.gemm.weight, self.gemm.bias, x)
+        return torch.ops.fusewright_gemm_multiply_leakyrelu_a5fbf6334539.fused(self.gemm.weight, self.gemm.bias, x)
 
 
 batch_size = 1024

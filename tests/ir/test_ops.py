@@ -54,6 +54,9 @@ NUMBERS: dict[str, list[Any]] = {
     "lambd": [0.5],
     "other": [2, -3, 1.5],
     "negative_slope": [0.1, 0.0, -0.5],
+    "decimals": [0, 2, -1],
+    "eps": [None, 0.1],
+    "n": [0, 1, 2, 3],
 }
 NUMBER: list[Any] = [1, 1.5]
 
@@ -64,7 +67,7 @@ def overloads(name: str) -> list[Any]:
     for overload in packet.overloads():
         schema = getattr(packet, overload)._schema
         plain = [str(r.type) for r in schema.returns] == ["Tensor"] and not any(a.alias_info for a in schema.arguments)
-        if plain and not any(a.name in ("decimals", "out") for a in schema.arguments):
+        if plain and not any(a.name == "out" for a in schema.arguments):
             found.append(getattr(packet, overload))
     return found
 
@@ -87,7 +90,8 @@ def samples(overload: Any, dtypes: tuple[torch.dtype, ...]) -> Iterator[list[Any
             dtype = dtypes[tensors % len(dtypes)]
             flat = values(torch.bool if argument.name in ("condition", "mask") else dtype)
             if tensors and overload._schema.name.endswith("_backward"):
-                flat = flat[~flat.isnan()]  # gradients at NaN differ between ATen's own kernels
+                # Gradients at NaN and −0 differ between ATen's own kernels.
+                flat = flat[~flat.isnan() & ~((flat == 0) & flat.signbit())]
             if tensors == 2:
                 flat = flat[:6]  # three large factors overflow or not by the order of rounding
             choices.append([flat.reshape(-1, *[1] * tensors)])
@@ -131,11 +135,12 @@ def call(overload: Any, arguments: list[Any]) -> torch.Tensor:
 def eager(overload: Any, arguments: list[Any]) -> torch.Tensor | None:
     """None where ATen itself refuses. 16-bit floats are computed in float32 and rounded once."""
     try:
+        call(overload, [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
         result = call(overload, arguments)
         if result.is_floating_point() and result.itemsize == 2:
             wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype == result.dtype else a for a in arguments]
             return call(overload, wide).to(result.dtype)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
     return result
 
@@ -154,8 +159,9 @@ def test_row_computes_what_aten_computes(name: str) -> None:
                 if expected is None or expected.dtype not in {*DTYPES, torch.int8}:
                     continue
                 graph, tensors = traced(overload, arguments)
-                fallback = [n for n in graph.nodes() if n.op == "aten"]
-                assert not fallback, f"{overload}{dtypes} was left to ATen"
+                if any(n.op == "aten" for n in graph.nodes()):
+                    assert not ROWS[name].widens and expected.itemsize == 2, f"{overload}{dtypes} was left to ATen"
+                    continue
                 try:
                     assert_equal(reference.run(graph, tensors)[0], expected, name)
                 except AssertionError as error:
@@ -167,7 +173,7 @@ def test_row_computes_what_aten_computes(name: str) -> None:
 
 # `X_backward` differentiates `X`; these rows are the derivative of an operator of another name.
 FORWARD = {"threshold_backward": "relu"}
-BACKWARD = [name for name in ROWS if name.endswith("_backward")]
+BACKWARD = [name for name in ROWS if name.endswith("_backward") and name != "native_dropout_backward"]
 
 
 @pytest.mark.parametrize("name", BACKWARD)

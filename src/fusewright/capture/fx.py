@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fusewright.capture.lowerings import LOWERINGS, PARTS
 from fusewright.capture.metadata import size_of, type_of
@@ -36,6 +37,16 @@ def from_fx(module: fx.GraphModule) -> Graph:
     return Importer().convert(module)
 
 
+class _Held:
+    """The target of a call that returns a tensor which the graph holds."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __call__(self) -> torch.Tensor:
+        return self.tensor
+
+
 class IRCall:
     """An FX call target that is one graph node: how a `Graph` travels through AOTAutograd. Calls run the reference."""
 
@@ -55,16 +66,20 @@ class Importer:
         self.builder = Builder()
         self.values: dict[fx.Node, Node | None] = {}
         self.origins: dict[Node, frozenset[Origin]] = {}
+        self.device = torch.device("cpu")
 
     def convert(self, module: fx.GraphModule) -> Graph:
         inputs: list[Node] = []
         outputs: tuple[Output, ...] = ()
+        self.device = _device_of(module)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self.placeholder(node, len(inputs))
                 inputs.append(self.values[node])  # type: ignore[arg-type]
             elif node.op == "output":
                 outputs = self.outputs(node)
+            elif node.op == "get_attr":
+                self.values[node] = self.held(getattr(module, node.target), node)
             else:
                 self.values[node] = self.call(node)
         return Graph(tuple(inputs), outputs, self.origins)
@@ -74,6 +89,14 @@ class Importer:
         if isinstance(value, torch.SymInt):
             return self.builder.node("size", value=size_of(value), input=index)
         return self.builder.node("input", (), type_of(value), index=index)
+
+    def held(self, tensor: torch.Tensor, node: fx.Node) -> Node:
+        """A tensor that the graph itself holds, such as one that the model makes of numbers."""
+        node.meta.setdefault("val", tensor)
+        if tensor.dim() == 0 and tensor.dtype in DTYPES:
+            with unset_fake_temporarily():
+                return self.builder.constant(tensor.item(), tensor.dtype, self.device)
+        return self.builder.node("aten", (), type_of(tensor), target=_Held(tensor), args=(), kwargs=())
 
     def outputs(self, node: fx.Node) -> tuple[Output, ...]:
         """Results that eager gives memory of their own get it here too, although equal values are one node."""
@@ -90,8 +113,15 @@ class Importer:
                 base = base_of(result)
                 if storages.setdefault(base, _storage(source)) != _storage(source):
                     result = self.builder.node("copy", (result,), type_of(source.meta["val"]), of=position)
+                if result.tensor.device != source.meta["val"].device:
+                    result = self.moved(result, source.meta["val"])
             results.append(result)
         return tuple(results)
+
+    def moved(self, result: Node, value: torch.Tensor) -> Node:
+        """A result that eager has on another device than the graph's."""
+        target, device = torch.ops.aten._to_copy.default, (("device", value.device),)
+        return self.builder.node("aten", (result,), type_of(value), target=target, args=(Operand(0),), kwargs=device)
 
     def call(self, node: fx.Node) -> Node | None:
         if isinstance(node.target, IRCall):
@@ -153,22 +183,34 @@ class Importer:
                 result = None
                 if lowering is not None:
                     result = lowering(self, value, **{k: self.operand(v) for k, v in arguments.items()})
-                elif name in ROWS and target.namespace == "aten" and "decimals" not in arguments:
+                elif name in ROWS and target.namespace == "aten":
                     result = self.row(name, value, arguments)
                 if result is not None:
                     return self.restride(result, value)
         return self.opaque(node)
 
     def taken_apart(self, node: fx.Node, value: torch.Tensor) -> bool:
-        """Whether every tensor involved is a plain one, of a known dtype, on one device."""
-        tensors = [value, *(n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))]
-        return all(
-            t.dtype in DTYPES and t.layout is torch.strided and t.device == value.device and not t.is_conj()
-            for t in tensors
+        """Whether every tensor involved is a plain one, of a known dtype, and on the graph's device.
+
+        Numbers may be on the CPU, and so may a scalar that is computed of nothing else.
+        """
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        placed = [n.meta["val"] for n in sources if not self.is_number(n)]
+        if placed or value.dim():
+            placed.append(value)
+        return all(t.device == self.device for t in placed) and all(
+            t.dtype in DTYPES and t.layout is torch.strided and not t.is_conj()
+            for t in (value, *(n.meta["val"] for n in sources))
         )
 
-    def row(self, name: str, value: torch.Tensor, arguments: dict[str, Any]) -> Node:
+    def is_number(self, node: fx.Node) -> bool:
+        known = self.values[node]
+        return known is not None and known.op == "constant"
+
+    def row(self, name: str, value: torch.Tensor, arguments: dict[str, Any]) -> Node | None:
         row = ROWS[name]
+        if not row.widens and accumulator_dtype(value.dtype) != value.dtype:
+            return None
         operands = {k: self.operand(v) for k, v in arguments.items()}
         if row.computes_in == "bool":
             dtype = torch.bool
@@ -234,6 +276,15 @@ class Importer:
         kwargs = tuple((k, template(self.operand(v))) for k, v in node.kwargs.items())
         value = node.meta.get("val")
         return self.builder.node("aten", inputs, type_of(value), target=node.target, args=args, kwargs=kwargs)
+
+
+def _device_of(module: fx.GraphModule) -> torch.device:
+    """The device of the graph's inputs, of which scalars may be on the CPU."""
+    values = [n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")]
+    devices = dict.fromkeys(v.device for v in values if isinstance(v, torch.Tensor))
+    made = (n.meta.get("val") for n in module.graph.nodes)
+    devices |= dict.fromkeys(v.device for v in made if isinstance(v, torch.Tensor))
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def _bind(target: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:

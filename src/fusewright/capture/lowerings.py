@@ -6,6 +6,7 @@ nodes, sizes as expressions), and returns a node, or None to leave this call to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from fusewright.capture.metadata import size_of
 from fusewright.ir.graph import Node, accumulator_dtype, contiguous
 from fusewright.ir.size import Size, product
-from fusewright.ir.value import Value
+from fusewright.ir.value import Value, where
 
 if TYPE_CHECKING:
     from fusewright.capture.fx import Importer
@@ -168,7 +169,13 @@ def _identity(g: Importer, value: torch.Tensor, self: Node, **_: Any) -> Node | 
     return self
 
 
-@lowering("clone", "lift_fresh_copy")
+@lowering("lift_fresh_copy")
+def _lift(g: Importer, value: torch.Tensor, self: Node) -> Node | None:
+    """Of a tensor that the graph holds: a number needs no copy."""
+    return self if self.op == "constant" else _copy(g, value, self)
+
+
+@lowering("clone")
 def _copy(g: Importer, value: torch.Tensor, self: Node, **_: Any) -> Node | None:
     return g.builder.node("copy", (self,), contiguous(_shape(value), value.dtype, value.device))
 
@@ -192,8 +199,26 @@ def _convert_element_type(g: Importer, value: torch.Tensor, a: Node, dtype: torc
     return a if a.tensor.dtype == dtype else _to_copy(g, value, a)
 
 
+@lowering("nan_to_num")
+def _nan_to_num(
+    g: Importer,
+    value: torch.Tensor,
+    self: Node,
+    nan: float | None = None,
+    posinf: float | None = None,
+    neginf: float | None = None,
+) -> Node | None:
+    """The numbers that stand for infinity, unless given, are the dtype's own: no formula, which computes in float32."""
+    if not value.dtype.is_floating_point:
+        return _copy(g, value, self)
+    most = torch.finfo(value.dtype).max
+    x = Value(g.builder, g.builder.cast(self, accumulator_dtype(value.dtype), implicit=True))
+    finite = where(x == -math.inf, -most if neginf is None else neginf, where(x != x, nan or 0.0, x))
+    return where(x == math.inf, most if posinf is None else posinf, finite).to(value.dtype).node
+
+
 def _filled(g: Importer, value: torch.Tensor, number: Any) -> Node:
-    return g.builder.expand(g.builder.constant(number, value.dtype, value.device), _shape(value))
+    return g.builder.expand(g.builder.constant(number, value.dtype, g.device), _shape(value))
 
 
 @lowering("full", "full_like", "new_full")
@@ -213,4 +238,4 @@ def _ones(g: Importer, value: torch.Tensor, **_: Any) -> Node | None:
 
 @lowering("scalar_tensor")
 def _scalar_tensor(g: Importer, value: torch.Tensor, s: Any, **_: Any) -> Node | None:
-    return g.builder.constant(s, value.dtype, value.device)
+    return g.builder.constant(s, value.dtype, g.device)

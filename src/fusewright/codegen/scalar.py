@@ -51,8 +51,11 @@ def scalar(expression: Apply, operands: Sequence[str]) -> str:
         source = expression.operands[0].dtype
         if expression.dtype == torch.bool:
             return f"{operands[0]} != {C_TYPES[source]}(0)"
-        return f"{type}({operands[0]})"
-    text = PRIMITIVES[expression.op].cuda.format(*operands)
+        # Out of range, ATen wraps around: an unsigned byte by way of a wide integer.
+        wide = expression.dtype == torch.uint8 and source.is_floating_point
+        return f"{type}(int64_t({operands[0]}))" if wide else f"{type}({operands[0]})"
+    row = PRIMITIVES[expression.op]
+    integer = not expression.operands[-1].dtype.is_floating_point
+    text = (row.integer if integer and row.integer else row.cuda).format(*operands)
     # C++ computes narrow integers as int.
-    narrow = not expression.dtype.is_floating_point and not PRIMITIVES[expression.op].boolean
-    return f"{type}({text})" if narrow else text
+    return f"{type}({text})" if not expression.dtype.is_floating_point and not row.boolean else text

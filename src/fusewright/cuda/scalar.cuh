@@ -19,27 +19,6 @@ template <class T> __device__ __forceinline__ T absolute(T x) { return x < T(0) 
 // NaN gives 0, as in ATen.
 template <class T> __device__ __forceinline__ T sign(T x) { return T((T(0) < x) - (x < T(0))); }
 
-__device__ __forceinline__ float remainder_toward_zero(float a, float b) { return fmodf(a, b); }
-__device__ __forceinline__ double remainder_toward_zero(double a, double b) { return fmod(a, b); }
-template <class T> __device__ __forceinline__ T remainder_toward_zero(T a, T b) { return a % b; }
-
-__device__ __forceinline__ float power(float a, float b) { return powf(a, b); }
-__device__ __forceinline__ double power(double a, double b) { return pow(a, b); }
-// By squaring; a negative exponent gives 1/a truncated, as in ATen.
-template <class T> __device__ __forceinline__ T power(T base, T exponent) {
-    if (exponent < T(0)) {
-        if (base == T(1)) return T(1);
-        if (base == T(-1)) return (exponent % T(2)) ? T(-1) : T(1);
-        return T(0);
-    }
-    T result = T(1);
-    for (; exponent; exponent /= T(2)) {
-        if (exponent % T(2)) result *= base;
-        base *= base;
-    }
-    return result;
-}
-
 __device__ __forceinline__ bool bitwise_not(bool x) { return !x; }
 template <class T> __device__ __forceinline__ T bitwise_not(T x) { return T(~x); }
 

@@ -19,8 +19,11 @@ from fusewright.ir.value import (
     constant,
     erf,
     exp,
+    exp2,
     expm1,
+    filled,
     floor,
+    log,
     log1p,
     maximum,
     minimum,
@@ -39,14 +42,22 @@ class Row:
 
     computes_in: the dtype that tensor operands are converted to: that of the result; the one the operands promote to
     (comparisons); or bool (logical operators). Boolean conditions stay as they are where the result is not bool.
+    widens: 16-bit floats compute in float32; without it their calls are left to ATen.
     """
 
     formula: Callable[..., Value]
     computes_in: Literal["result", "operands", "bool"] = "result"
+    widens: bool = True
 
 
-def _comparison(name: str) -> Row:
-    return Row(lambda a, b: a.apply(name, a, b), "operands")
+def _binary(name: str) -> Callable[[Any, Any], Value]:
+    """The function of two operands, one of which may be a number, that applies primitive `name`."""
+
+    def formula(a: Any, b: Any) -> Value:
+        a, b = _values(a, b)
+        return a.apply(name, a, b)  # type: ignore[no-any-return]
+
+    return formula
 
 
 def _clamp(x: Value, low: Any = None, high: Any = None) -> Value:
@@ -89,14 +100,6 @@ def _opposed(remainder: Value, divisor: Any) -> Value:
     if isinstance(divisor, Value):
         return (remainder != 0) & ((divisor < 0) ^ (remainder < 0))
     return remainder > 0 if divisor < 0 and remainder.dtype.is_signed else remainder < 0
-
-
-def _bitwise(name: str) -> Row:
-    def formula(a: Any, b: Any) -> Value:
-        a, b = _values(a, b)
-        return a.apply(name, a, b)  # type: ignore[no-any-return]
-
-    return Row(formula)
 
 
 def _values(a: Any, b: Any) -> tuple[Any, Any]:
@@ -180,6 +183,73 @@ def _lerp(a: Value, b: Value, weight: Value | float) -> Value:
     return a + weight * (b - a) if abs(weight) < 0.5 else b - (b - a) * (1 - weight)
 
 
+def _round(x: Value, decimals: int = 0) -> Value:
+    nearest = unary("round")
+    if decimals == 0:
+        return nearest(x)
+    power = 10.0 ** abs(decimals)
+    return nearest(x * power) / power if decimals > 0 else nearest(x / power) * power
+
+
+def _larger(a: Value, b: Value) -> Value:
+    """Of which NaN is no operand: the other one is the result."""
+    return a.apply("fmax", a, b) if a.dtype.is_floating_point else maximum(a, b)
+
+
+def _smaller(a: Value, b: Value) -> Value:
+    return a.apply("fmin", a, b) if a.dtype.is_floating_point else minimum(a, b)
+
+
+def _x_times(function: Callable[[Value], Value]) -> Callable[[Any, Any], Value]:
+    """x · function(y), which is 0 where x is 0, unless y is NaN."""
+
+    def formula(x: Any, y: Any) -> Value:
+        x, y = (v if isinstance(v, Value) else filled(other, v) for v, other in ((x, y), (y, x)))
+        return where(y != y, y, where(x == 0, 0, x * function(y)))
+
+    return formula
+
+
+def _logaddexp(a: Value, b: Value) -> Value:
+    return where((absolute(a) == math.inf) & (a == b), a, maximum(a, b) + log1p(exp(-absolute(a - b))))
+
+
+def _logaddexp2(a: Value, b: Value) -> Value:
+    finite = maximum(a, b) + log1p(exp2(-absolute(a - b))) * (1 / math.log(2))
+    return where((absolute(a) == math.inf) & (a == b), a, finite)
+
+
+def _logit(x: Value, eps: float | None = None) -> Value:
+    if eps is None:
+        return where(x == 1, math.inf, log(x / (1 - x)))
+    x = where(x < eps, eps, where(x > 1 - eps, 1 - eps, x))
+    return log(x / (1 - x))
+
+
+def _logit_backward(g: Value, x: Value, eps: float | None = None) -> Value:
+    slope = g / (x * (1 - x))
+    if eps is not None and eps >= 0:
+        return where((x < eps) | (x > 1 - eps), 0, slope)
+    return where((x < 0) | (x > 1), math.nan, slope)
+
+
+def _log_ndtr(x: Value) -> Value:
+    t = x * math.sqrt(0.5)
+    return where(x < -1, log(unary("erfcx")(-t) / 2) - t * t, log1p(-unary("erfc")(t) / 2))
+
+
+def _polygamma(n: int, x: Value) -> Value:
+    if n < 2:
+        return unary("trigamma" if n else "digamma")(x)
+    factorial = float(math.factorial(n)) if n <= 170 else math.inf  # of what float64 holds
+    return x.apply("zeta", n + 1, x) * (factorial if n % 2 else -factorial)
+
+
+def _sinc(x: Value) -> Value:
+    product = x * math.pi
+    return where(x == 0, 1, unary("sin")(product) / product)
+
+
 def _scaled(x: Any, factor: Any) -> Any:
     return x if factor == 1 else x * factor
 
@@ -201,7 +271,7 @@ ROWS: dict[str, Row] = {
     "sqrt": Row(sqrt),
     "rsqrt": Row(rsqrt),
     "pow": Row(_power),
-    "fmod": Row(lambda a, b: a.apply("fmod", a, b)),
+    "fmod": Row(_binary("fmod")),
     "remainder": Row(_remainder),
     "addcmul": Row(lambda x, a, b, value=1: x + _scaled(a * b, value)),
     "addcdiv": Row(lambda x, a, b, value=1: x + _scaled(a / b, value)),
@@ -211,6 +281,19 @@ ROWS: dict[str, Row] = {
     "clamp": Row(_clamp),
     "clamp_min": Row(lambda x, low: _clamp(x, low)),
     "clamp_max": Row(lambda x, high: _clamp(x, None, high)),
+    "fmax": Row(_larger),
+    "fmin": Row(_smaller),
+    "frac": Row(lambda x: x - trunc(x)),
+    "deg2rad": Row(lambda x: x * (math.pi / 180)),
+    "rad2deg": Row(lambda x: x * (180 / math.pi)),
+    "angle": Row(lambda x: where(x < 0, math.pi, where(x != x, x, 0))),
+    "conj_physical": Row(lambda x: x),
+    "copysign": Row(_binary("copysign")),
+    "heaviside": Row(lambda x, at_zero: where(x == 0, at_zero, (x > 0).to(x.dtype))),
+    # The neighbour of a 16-bit float is none of its neighbours in float32.
+    "nextafter": Row(_binary("nextafter"), widens=False),
+    "gcd": Row(_binary("gcd")),
+    "lcm": Row(_binary("lcm")),
     # elementary functions
     **{
         name: Row(unary(name))
@@ -219,19 +302,41 @@ ROWS: dict[str, Row] = {
             *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
         )
     },
-    "round": Row(unary("round")),
-    "atan2": Row(lambda a, b: a.apply("atan2", a, b)),
+    "round": Row(_round),
+    "atan2": Row(_binary("atan2")),
+    "hypot": Row(_binary("hypot")),
+    "xlogy": Row(_x_times(log)),
+    "logaddexp": Row(_logaddexp),
+    "logaddexp2": Row(_logaddexp2),
+    "logit": Row(_logit),
+    "logit_backward": Row(_logit_backward),
+    "sinc": Row(_sinc),
+    # special functions
+    **{name: Row(unary(name)) for name in ("erfinv", "lgamma", "digamma", "i0")},
+    **{f"special_{name}": Row(unary(name)) for name in ("i0e", "i1", "i1e", "erfcx", "ndtri")},
+    "special_modified_bessel_i0": Row(unary("i0")),
+    "special_modified_bessel_i1": Row(unary("i1")),
+    "special_zeta": Row(_binary("zeta")),
+    "special_entr": Row(lambda x: where(x < 0, -math.inf, where(x == 0, 0, -x * log(x)))),
+    "special_log_ndtr": Row(_log_ndtr),
+    "special_xlog1py": Row(_x_times(log1p)),
+    "polygamma": Row(_polygamma),
     # comparisons and logic
-    **{name: _comparison(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    **{name: Row(_binary(name), "operands") for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     "where": Row(where),
     "masked_fill": Row(lambda x, mask, value: where(mask, value, x)),
     "isnan": Row(lambda x: x != x, "operands"),
     "isinf": Row(lambda x: absolute(x) == math.inf if x.dtype.is_floating_point else x != x, "operands"),
+    "isposinf": Row(lambda x: x == math.inf if x.dtype.is_floating_point else x != x, "operands"),
+    "isneginf": Row(lambda x: x == -math.inf if x.dtype.is_floating_point else x != x, "operands"),
+    "signbit": Row(lambda x: unary("signbit")(x) if x.dtype.is_floating_point else x < 0, "operands"),
     "logical_and": Row(lambda a, b: a & b, "bool"),
     "logical_or": Row(lambda a, b: a | b, "bool"),
     "logical_xor": Row(lambda a, b: a ^ b, "bool"),
     "logical_not": Row(lambda a: ~a, "bool"),
-    **{f"bitwise_{name}": _bitwise(name) for name in ("and", "or", "xor")},
+    **{f"bitwise_{name}": Row(_binary(name)) for name in ("and", "or", "xor", "left_shift", "right_shift")},
+    "__lshift__": Row(_binary("left_shift")),
+    "__rshift__": Row(_binary("right_shift")),
     "bitwise_not": Row(lambda a: ~a),
     # activations and their gradients
     "relu": Row(lambda x: where(x <= 0, 0, x)),
@@ -250,6 +355,8 @@ ROWS: dict[str, Row] = {
     "gelu_backward": Row(_gelu_backward),
     "elu": Row(_elu),
     "elu_backward": Row(_elu_backward),
+    "celu": Row(lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha)),
+    "_prelu_kernel": Row(lambda x, weight: where(x > 0, x, x * weight)),
     "softplus": Row(_softplus),
     "softplus_backward": Row(_softplus_backward),
     "hardtanh": Row(lambda x, low=-1.0, high=1.0: _clamp(x, low, high)),
@@ -262,4 +369,5 @@ ROWS: dict[str, Row] = {
     "softshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g)),
     "hardshrink": Row(lambda x, l=0.5: where((x >= -l) & (x <= l), 0, x)),
     "hardshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g)),
+    "native_dropout_backward": Row(lambda g, mask, scale: g * (mask.to(g.dtype) * scale)),
 }

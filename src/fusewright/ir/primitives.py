@@ -1,8 +1,9 @@
 """The scalar primitives: everything that is computed element by element is made of these.
 
 A primitive is a row: its CUDA expression over operands named {0}, {1}, … and its reference in torch. Overloaded names
-(`exp`, `fmod`) and those of `scalar.cuh` resolve by operand type, so one row serves float32 and float64. Operands have
-one common dtype unless a row says otherwise; 16-bit floats never reach a primitive (chains compute in float32).
+(`exp`, `fmod`) and those of `scalar.cuh`, `integer.cuh` and `special.cuh` resolve by operand type, so one row serves
+float32 and float64. Operands have one common dtype unless a row says otherwise; 16-bit floats never reach a primitive
+(chains compute in float32).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Primitive:
     """One scalar operation.
 
     cuda: a C++ expression. reference: the same on tensors. boolean: the result is bool whatever the operands are.
+    integer: the expression for integers and bool, where it is another.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Primitive:
     cuda: str
     reference: Callable[..., Any]
     boolean: bool = False
+    integer: str = ""
 
 
 def _divide_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -38,14 +41,22 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("add", 2, "{0} + {1}", torch.add),
         Primitive("sub", 2, "{0} - {1}", lambda a, b: torch.add(a, b, alpha=-1)),
         Primitive("mul", 2, "{0} * {1}", torch.mul),
-        Primitive("div", 2, "{0} / {1}", _divide_integers),
+        Primitive("div", 2, "{0} / {1}", _divide_integers, integer="fusewright::integer::quotient({0}, {1})"),
         Primitive("neg", 1, "-{0}", torch.neg),
         Primitive("abs", 1, "fusewright::absolute({0})", torch.abs),
         Primitive("sign", 1, "fusewright::sign({0})", torch.sign),
-        Primitive("fmod", 2, "fusewright::remainder_toward_zero({0}, {1})", torch.fmod),
-        Primitive("pow", 2, "fusewright::power({0}, {1})", torch.pow),
+        Primitive("fmod", 2, "fmod({0}, {1})", torch.fmod, integer="fusewright::integer::remainder({0}, {1})"),
+        Primitive("pow", 2, "pow({0}, {1})", torch.pow, integer="fusewright::integer::power({0}, {1})"),
         Primitive("minimum", 2, "fusewright::minimum({0}, {1})", torch.minimum),
         Primitive("maximum", 2, "fusewright::maximum({0}, {1})", torch.maximum),
+        # Of a NaN and a number, the number.
+        Primitive("fmin", 2, "fmin({0}, {1})", torch.fmin),
+        Primitive("fmax", 2, "fmax({0}, {1})", torch.fmax),
+        Primitive("copysign", 2, "copysign({0}, {1})", torch.copysign),
+        Primitive("nextafter", 2, "nextafter({0}, {1})", torch.nextafter),
+        Primitive("hypot", 2, "hypot({0}, {1})", torch.hypot),
+        Primitive("gcd", 2, "fusewright::integer::greatest_divisor({0}, {1})", torch.gcd),
+        Primitive("lcm", 2, "fusewright::integer::least_multiple({0}, {1})", torch.lcm),
         Primitive("sqrt", 1, "sqrt({0})", torch.sqrt),
         Primitive("rsqrt", 1, "rsqrt({0})", torch.rsqrt),
         Primitive("exp", 1, "exp({0})", torch.exp),
@@ -70,6 +81,17 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("atanh", 1, "atanh({0})", torch.atanh),
         Primitive("erf", 1, "erf({0})", torch.erf),
         Primitive("erfc", 1, "erfc({0})", torch.erfc),
+        Primitive("erfinv", 1, "erfinv({0})", torch.erfinv),
+        Primitive("erfcx", 1, "erfcx({0})", torch.special.erfcx),
+        Primitive("ndtri", 1, "normcdfinv({0})", torch.special.ndtri),
+        Primitive("lgamma", 1, "lgamma({0})", torch.lgamma),
+        Primitive("digamma", 1, "fusewright::special::digamma({0})", torch.digamma),
+        Primitive("trigamma", 1, "fusewright::special::trigamma({0})", lambda a: torch.polygamma(1, a)),
+        Primitive("zeta", 2, "fusewright::special::zeta({0}, {1})", torch.special.zeta),
+        Primitive("i0", 1, "fusewright::special::i0({0})", torch.special.i0),
+        Primitive("i0e", 1, "fusewright::special::i0e({0})", torch.special.i0e),
+        Primitive("i1", 1, "fusewright::special::i1({0})", torch.special.i1),
+        Primitive("i1e", 1, "fusewright::special::i1e({0})", torch.special.i1e),
         Primitive("floor", 1, "floor({0})", torch.floor),
         Primitive("ceil", 1, "ceil({0})", torch.ceil),
         Primitive("trunc", 1, "trunc({0})", torch.trunc),
@@ -81,10 +103,14 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("ge", 2, "{0} >= {1}", torch.ge, boolean=True),
         Primitive("eq", 2, "{0} == {1}", torch.eq, boolean=True),
         Primitive("ne", 2, "{0} != {1}", torch.ne, boolean=True),
+        Primitive("signbit", 1, "signbit({0})", torch.signbit, boolean=True),
         Primitive("and", 2, "{0} & {1}", torch.bitwise_and),
         Primitive("or", 2, "{0} | {1}", torch.bitwise_or),
         Primitive("xor", 2, "{0} ^ {1}", torch.bitwise_xor),
         Primitive("not", 1, "fusewright::bitwise_not({0})", torch.bitwise_not),
+        # By as many bits as the type has or more, or by a negative number: 0 (to the right: the sign).
+        Primitive("left_shift", 2, "fusewright::integer::left_shift({0}, {1})", torch.bitwise_left_shift),
+        Primitive("right_shift", 2, "fusewright::integer::right_shift({0}, {1})", torch.bitwise_right_shift),
         # where(condition: bool, a, b)
         Primitive("where", 3, "{0} ? {1} : {2}", torch.where),
         # To the node's dtype; float to bool is `!= 0`, float to integer truncates.

@@ -108,6 +108,11 @@ def constant(like: Value, number: Scalar, dtype: torch.dtype | None = None) -> V
     return Value(like.builder, like.builder.constant(number, dtype or like.dtype, like.node.tensor.device))
 
 
+def filled(like: Value, number: Scalar) -> Value:
+    """`number` as a value of `like`'s shape and dtype, of which formulas can compute functions."""
+    return Value(like.builder, like.builder.expand(constant(like, number).node, like.node.tensor.shape))
+
+
 def where(condition: Value, a: Value | Scalar, b: Value | Scalar) -> Value:
     return condition.apply("where", condition, a, b)
 
@@ -125,6 +130,6 @@ def unary(name: str) -> Callable[[Value], Value]:
     return lambda x: x.apply(name, x)
 
 
-exp, log, log1p, expm1, tanh, erf, sqrt, rsqrt, floor, trunc, absolute = (
-    unary(n) for n in ("exp", "log", "log1p", "expm1", "tanh", "erf", "sqrt", "rsqrt", "floor", "trunc", "abs")
+exp, exp2, log, log1p, expm1, tanh, erf, sqrt, rsqrt, floor, trunc, absolute = (
+    unary(n) for n in ("exp", "exp2", "log", "log1p", "expm1", "tanh", "erf", "sqrt", "rsqrt", "floor", "trunc", "abs")
 )

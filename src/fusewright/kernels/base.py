@@ -57,12 +57,16 @@ class Family(Protocol):
     def programs(self, region: Region, chip: Chip) -> Sequence[Program]: ...
 
 
+# What the text of a kernel names → the header that has it.
+_SYSTEM = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
+_OURS = {"fusewright::integer::": "integer.cuh", "fusewright::special::": "special.cuh"}
+
+
 def translation_unit(headers: Sequence[str], functor: Functor, alias: str, kernel: str) -> str:
     """Includes, the functor, the named instantiation of the hand-written code, and the kernel."""
-    includes = [f'#include "{h}"' for h in headers]
-    sixteen_bit = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
     text = functor.text + alias + kernel
-    includes = [f"#include <{h}>" for name, h in sixteen_bit.items() if name in text] + includes
+    system = [f"#include <{h}>" for name, h in _SYSTEM.items() if name in text]
+    includes = [*system, *(f'#include "{h}"' for h in (*headers, *(h for name, h in _OURS.items() if name in text)))]
     return "\n".join([*includes, "", functor.text, "", alias, "", kernel, ""])
 
 

@@ -44,7 +44,45 @@ inline float sinpif(float a) { return static_cast<float>(sinpi(static_cast<doubl
 inline float cospif(float a) { return static_cast<float>(cospi(static_cast<double>(a))); }
 inline double normcdf(double a) { return 0.5 * ::erfc(-a * 0.70710678118654752440); }
 inline float normcdff(float a) { return static_cast<float>(normcdf(static_cast<double>(a))); }
+inline double erfcx(double a) {  // exp(a²) · erfc(a), and its asymptotic series where exp would overflow
+    const long double x = a, z = 1 / (2 * x * x);
+    if (!(x > 100)) return static_cast<double>(expl(x * x) * erfcl(x));
+    return static_cast<double>((1 - z * (1 - 3 * z * (1 - 5 * z))) / (x * 1.77245385090551602730L));
+}
+// The positive root of erfc(y) = c, for 0 < c <= 1, by Halley's method on Winitzki's approximation. The residual is
+// taken from erf where c is near 1, and so given as s = 1 - c.
+inline long double inverse_erfc(long double c, long double s) {
+    const long double w = logl(c * (1 + s)), t = 2 / (3.14159265358979323846L * 0.147L) + w / 2;
+    long double y = sqrtl(sqrtl(t * t - w / 0.147L) - t);
+    for (int i = 0; i < 4; ++i) {
+        const long double residual = s < 0.5L ? erfl(y) - s : c - erfcl(y);
+        const long double step = residual / (1.12837916709551257390L * expl(-y * y));
+        y -= step / (1 + y * step);
+    }
+    return y;
+}
+inline double erfinv(double a) {
+    const double size = ::fabs(a);
+    if (!(size < 1)) return size == 1 ? a * HUGE_VAL : NAN;
+    return size == 0 ? a : ::copysign(static_cast<double>(inverse_erfc(1 - static_cast<long double>(size), size)), a);
+}
+inline double normcdfinv(double a) {
+    if (!(a > 0 && a < 1)) return a == 0 ? -HUGE_VAL : a == 1 ? HUGE_VAL : NAN;
+    const long double c = a < 0.5 ? 2 * static_cast<long double>(a) : 2 * (1 - static_cast<long double>(a));
+    if (c == 1) return 0;
+    const double size = static_cast<double>(1.41421356237309504880L * inverse_erfc(c, 1 - c));
+    return a < 0.5 ? -size : size;
+}
+inline float erfcxf(float a) { return static_cast<float>(erfcx(static_cast<double>(a))); }
+inline float erfinvf(float a) { return static_cast<float>(erfinv(static_cast<double>(a))); }
+inline float normcdfinvf(float a) { return static_cast<float>(normcdfinv(static_cast<double>(a))); }
 }  // namespace fusewright_simulator
+#define erfcx ::fusewright_simulator::erfcx
+#define erfcxf ::fusewright_simulator::erfcxf
+#define erfinv ::fusewright_simulator::erfinv
+#define erfinvf ::fusewright_simulator::erfinvf
+#define normcdfinv ::fusewright_simulator::normcdfinv
+#define normcdfinvf ::fusewright_simulator::normcdfinvf
 #define rsqrt ::fusewright_simulator::rsqrt
 #define rsqrtf ::fusewright_simulator::rsqrtf
 #define rcbrt ::fusewright_simulator::rcbrt

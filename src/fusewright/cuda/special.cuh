@@ -1,0 +1,160 @@
+// Special functions that CUDA's mathematical library lacks, as ATen computes them, for float and double.
+//
+// The algorithms and coefficients are those of S. L. Moshier's Cephes Mathematical Library, which ATen uses too.
+#pragma once
+#include "scalar.cuh"
+
+namespace fusewright::special {
+
+template <class T> __device__ __forceinline__ T not_a_number() { return infinity<T>() - infinity<T>(); }
+
+// The value at x of the polynomial whose coefficients are given, the highest power's first.
+template <class T, int N> __device__ __forceinline__ T polynomial(T x, const T (&coefficients)[N]) {
+    T sum = coefficients[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) sum = sum * x + coefficients[i];
+    return sum;
+}
+
+// The value at x / 2 of a sum of Chebyshev polynomials, the highest one's coefficient first; half of the last counts.
+template <class T, int N> __device__ __forceinline__ T chebyshev(T x, const T (&coefficients)[N]) {
+    T b0 = coefficients[0], b1 = T(0), b2 = T(0);
+#pragma unroll
+    for (int i = 1; i < N; ++i) b2 = b1, b1 = b0, b0 = x * b1 - b2 + coefficients[i];
+    return T(0.5) * (b0 - b2);
+}
+
+// The logarithmic derivative of the gamma function. ±Inf at ∓0, NaN at negative integers.
+template <class T> __device__ T digamma(T x) {
+    if (x == T(0)) return copysign(infinity<T>(), -x);
+    T result = T(0);
+    if (x < T(0)) {
+        if (x == trunc(x)) return not_a_number<T>();
+        // Reflection. The tangent has period π, and the fraction of x is exact where π · x is not.
+        const double pi = 3.14159265358979323846, fraction = double(x) - trunc(double(x));
+        result = T(-pi / tan(pi * fraction));
+        x = T(1) - x;
+    }
+    for (; x < T(10); x += T(1)) result -= T(1) / x;
+    if (x == T(10)) return result + T(2.25175258906672110764);
+    T series = T(0);
+    if (x < T(1e17)) {
+        constexpr T coefficients[] = {
+            T(8.33333333333333333333E-2), T(-2.10927960927960927961E-2), T(7.57575757575757575758E-3),
+            T(-4.16666666666666666667E-3), T(3.96825396825396825397E-3), T(-8.33333333333333333333E-3),
+            T(8.33333333333333333333E-2)};
+        const T z = T(1) / (x * x);
+        series = z * polynomial(z, coefficients);
+    }
+    return log(x) - T(0.5) / x - series + result;
+}
+
+// The derivative of digamma.
+template <class T> __device__ T trigamma(T x) {
+    const T pi = T(3.14159265358979323846);
+    T sign = T(1), result = T(0);
+    if (x < T(0.5)) {
+        sign = T(-1);
+        const T sine = sin(pi * x);
+        result -= (pi * pi) / (sine * sine);
+        x = T(1) - x;
+    }
+#pragma unroll
+    for (int i = 0; i < 6; ++i, x += T(1)) result += T(1) / (x * x);
+    const T z = T(1) / (x * x);
+    result += (T(1) + T(1) / (T(2) * x) + z * (T(1) / T(6) - z * (T(1) / T(30) - z * (T(1) / T(42))))) / x;
+    return sign * result;
+}
+
+// Hurwitz's zeta function, the sum of (q + k)^-x over k = 0, 1, …, by the Euler-Maclaurin formula.
+template <class T> __device__ T zeta(T x, T q) {
+    if (x == T(1)) return infinity<T>();
+    if (x < T(1)) return not_a_number<T>();
+    if (q <= T(0)) {
+        if (q == floor(q)) return infinity<T>();
+        if (x != floor(x)) return not_a_number<T>();
+    }
+    const T precision = T(1.11022302462515654042E-16);
+    T sum = pow(q, -x), term = T(0), at = q;
+    for (int i = 0; i < 9 || at <= T(9); ++i) {
+        at += T(1);
+        term = pow(at, -x);
+        sum += term;
+        if (-precision * sum < term && term < precision * sum) return sum;
+    }
+    constexpr T numbers[] = {  // (2k)! / B2k, with Bernoulli's numbers
+        T(12.0), T(-720.0), T(30240.0), T(-1209600.0), T(47900160.0), T(-1.8924375803183791606e9), T(7.47242496e10),
+        T(-2.950130727918164224e12), T(1.1646782814350067249e14), T(-4.5979787224074726105e15),
+        T(1.8152105401943546773e17), T(-7.1661652561756670113e18)};
+    sum += term * at / (x - T(1));
+    sum -= T(0.5) * term;
+    T factor = T(1), k = T(0);
+    for (int i = 0; i < 12; ++i, k += T(1)) {
+        factor *= x + k;
+        term /= at;
+        const T correction = factor * term / numbers[i];
+        sum += correction;
+        if (fabs(correction / sum) < precision) return sum;
+        k += T(1);
+        factor *= x + k;
+        term /= at;
+    }
+    return sum;
+}
+
+// The modified Bessel functions of the first kind, of orders 0 and 1, divided by exp |x|.
+template <class T> __device__ T i0e(T x) {
+    constexpr T near[] = {
+        T(-4.41534164647933937950E-18), T(3.33079451882223809783E-17), T(-2.43127984654795469359E-16),
+        T(1.71539128555513303061E-15), T(-1.16853328779934516808E-14), T(7.67618549860493561688E-14),
+        T(-4.85644678311192946090E-13), T(2.95505266312963983461E-12), T(-1.72682629144155570723E-11),
+        T(9.67580903537323691224E-11), T(-5.18979560163526290666E-10), T(2.65982372468238665035E-9),
+        T(-1.30002500998624804212E-8), T(6.04699502254191894932E-8), T(-2.67079385394061173391E-7),
+        T(1.11738753912010371815E-6), T(-4.41673835845875056359E-6), T(1.64484480707288970893E-5),
+        T(-5.75419501008210370398E-5), T(1.88502885095841655729E-4), T(-5.76375574538582365885E-4),
+        T(1.63947561694133579842E-3), T(-4.32430999505057594430E-3), T(1.05464603945949983183E-2),
+        T(-2.37374148058994688156E-2), T(4.93052842396707084878E-2), T(-9.49010970480476444210E-2),
+        T(1.71620901522208775349E-1), T(-3.04682672343198398683E-1), T(6.76795274409476084995E-1)};
+    constexpr T far[] = {
+        T(-7.23318048787475395456E-18), T(-4.83050448594418207126E-18), T(4.46562142029675999901E-17),
+        T(3.46122286769746109310E-17), T(-2.82762398051658348494E-16), T(-3.42548561967721913462E-16),
+        T(1.77256013305652638360E-15), T(3.81168066935262242075E-15), T(-9.55484669882830764870E-15),
+        T(-4.15056934728722208663E-14), T(1.54008621752140982691E-14), T(3.85277838274214270114E-13),
+        T(7.18012445138366623367E-13), T(-1.79417853150680611778E-12), T(-1.32158118404477131188E-11),
+        T(-3.14991652796324136454E-11), T(1.18891471078464383424E-11), T(4.94060238822496958910E-10),
+        T(3.39623202570838634515E-9), T(2.26666899049817806459E-8), T(2.04891858946906374183E-7),
+        T(2.89137052083475648297E-6), T(6.88975834691682398426E-5), T(3.36911647825569408990E-3),
+        T(8.04490411014108831608E-1)};
+    x = absolute(x);
+    return x <= T(8) ? chebyshev(x / T(2) - T(2), near) : chebyshev(T(32) / x - T(2), far) / sqrt(x);
+}
+template <class T> __device__ T i1e(T argument) {
+    constexpr T near[] = {
+        T(2.77791411276104639959E-18), T(-2.11142121435816608115E-17), T(1.55363195773620046921E-16),
+        T(-1.10559694773538630805E-15), T(7.60068429473540693410E-15), T(-5.04218550472791168711E-14),
+        T(3.22379336594557470981E-13), T(-1.98397439776494371520E-12), T(1.17361862988909016308E-11),
+        T(-6.66348972350202774223E-11), T(3.62559028155211703701E-10), T(-1.88724975172282928790E-9),
+        T(9.38153738649577178388E-9), T(-4.44505912879632808065E-8), T(2.00329475355213526229E-7),
+        T(-8.56872026469545474066E-7), T(3.47025130813767847674E-6), T(-1.32731636560394358279E-5),
+        T(4.78156510755005422638E-5), T(-1.61760815825896745588E-4), T(5.12285956168575772895E-4),
+        T(-1.51357245063125314899E-3), T(4.15642294431288815669E-3), T(-1.05640848946261981558E-2),
+        T(2.47264490306265168283E-2), T(-5.29459812080949914269E-2), T(1.02643658689847095384E-1),
+        T(-1.76416518357834055153E-1), T(2.52587186443633654823E-1)};
+    constexpr T far[] = {
+        T(7.51729631084210481353E-18), T(4.41434832307170791151E-18), T(-4.65030536848935832153E-17),
+        T(-3.20952592199342395980E-17), T(2.96262899764595013876E-16), T(3.30820231092092828324E-16),
+        T(-1.88035477551078244854E-15), T(-3.81440307243700780478E-15), T(1.04202769841288027642E-14),
+        T(4.27244001671195135429E-14), T(-2.10154184277266431302E-14), T(-4.08355111109219731823E-13),
+        T(-7.19855177624590851209E-13), T(2.03562854414708950722E-12), T(1.41258074366137813316E-11),
+        T(3.25260358301548823856E-11), T(-1.89749581235054123450E-11), T(-5.58974346219658380687E-10),
+        T(-3.83538038596423702205E-9), T(-2.63146884688951950684E-8), T(-2.51223623787020892529E-7),
+        T(-3.88256480887769039346E-6), T(-1.10588938762623716291E-4), T(-9.76109749136146840777E-3),
+        T(7.78576235018280120474E-1)};
+    const T x = absolute(argument);
+    const T value = x <= T(8) ? chebyshev(x / T(2) - T(2), near) * x : chebyshev(T(32) / x - T(2), far) / sqrt(x);
+    return argument < T(0) ? -value : value;
+}
+template <class T> __device__ T i0(T x) { return exp(absolute(x)) * i0e(x); }
+template <class T> __device__ T i1(T x) { return exp(absolute(x)) * i1e(x); }
+
+}  // namespace fusewright::special
