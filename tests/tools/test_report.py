@@ -264,7 +264,46 @@ def test_checks_in_the_simulator(tmp_path: Path) -> None:
     assert "0.70× the larger" in read_measured(tmp_path / "verify.json").checks[1].detail
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"modes": {}}', '{"checks": [{}]}', '{"modes": {"forward": 3}}'])
+def timed(ms: float | None) -> dict[str, Any]:
+    return {"ms": ms, "low": ms, "high": ms, "trials": 50, "of_floor": None, "failed": None if ms else "raises"}
+
+
+BENCHED = {
+    "reference": "model.py",
+    "candidate": "fusewright",
+    "inputs": "float32 [24, 20]",
+    "dtype": "the file's own",
+    "environment": {"device": "NVIDIA H200"},
+    "modes": {
+        "forward": {
+            "timings": {"eager": timed(0.04), "torch.compile": timed(None), "fusewright": timed(0.01)},
+            "best_baseline": "eager",
+            "speedup": 4.0,
+        }
+    },
+    "accuracy": {"fusewright": {"ratio": 0.5, "problems": []}},
+    "not_measured": ["max-autotune: it fails"],
+}
+
+
+def test_timings_of_bench_are_on_the_roofline(tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(BENCHED))
+    measured = read_measured(tmp_path / "bench.json")
+    head, captured, planned = planned_of(MODELS["no parameters"], "model.py")
+    page = build(head, captured, planned, CHIP, [measured])
+    assert page.roofline is not None
+    (mark,) = [m for m in page.roofline.marks if m.point.measured]
+    predicted = next(m for m in page.roofline.marks if m.point.label == "F1")
+    assert mark.point.seconds == pytest.approx(1e-5) and mark.x == predicted.x and mark.y > predicted.y
+    html = render(page)
+    assert "4.00× as fast as eager, the best baseline" in html and "worst 0.50× eager's error" in html.replace(
+        "&#39;", "'"
+    )
+    assert "max-autotune: it fails" in html and "Nothing on this page was timed" not in html
+    assert html.count('<td class="n">40 µs</td>') == 1 and html.count('<td class="n">10 µs</td>') == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checks": [{}]}', '{"modes": {"forward": 3}}'])
 def test_what_is_no_measurement(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(BadMeasurement, match=r"bad.json .*(bench|verify) --json"):

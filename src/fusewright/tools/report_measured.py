@@ -37,13 +37,17 @@ class Checked:
 
 @dataclass(frozen=True)
 class Measured:
-    """One file of measurements. about: on what it was measured, in words."""
+    """One file of measurements. about: what was measured, and on what; results: what came out; in words.
+
+    not_checked: what could not be measured or checked, and why.
+    """
 
     name: str
     about: str
     timings: tuple[Timing, ...] = ()
     checks: tuple[Checked, ...] = ()
     not_checked: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
 
 def read_measured(path: Path) -> Measured:
@@ -89,20 +93,36 @@ def _simulated(path: Path, data: Mapping[str, Any]) -> Measured:
 
 
 def _timed(path: Path, data: Mapping[str, Any]) -> Measured:
-    timings = tuple(_timings(data["modes"]))
+    timings = tuple(_timings(data["modes"], str(data["candidate"])))
     if not timings:
         raise ValueError("no timings")
-    environment = data.get("environment", {})
-    about = ", ".join(str(environment[k]) for k in ("device", "driver", "torch") if environment.get(k))
-    return Measured(path.name, about or "on a GPU", timings)
+    environment = data["environment"]
+    about = f"{data['reference']}, {data['inputs']}, dtype {data['dtype']}, on {environment['device']}"
+    results = tuple(_speedups(data["modes"]))
+    checks = tuple(_accuracies(data["accuracy"]))
+    return Measured(path.name, about, timings, checks, tuple(map(str, data["not_measured"])), results)
 
 
-def _timings(modes: Mapping[str, Any]) -> Iterator[Timing]:
+def _timings(modes: Mapping[str, Any], candidate: str) -> Iterator[Timing]:
     for mode, found in modes.items():
         for runner, timing in found["timings"].items():
             if (milliseconds := _number(timing["ms"])) is not None:
-                low, high = _number(timing.get("low")), _number(timing.get("high"))
-                yield Timing(str(mode), str(runner), milliseconds, low, high, str(runner).startswith("fusewright"))
+                low, high = _number(timing["low"]), _number(timing["high"])
+                yield Timing(str(mode), str(runner), milliseconds, low, high, runner == candidate)
+
+
+def _speedups(modes: Mapping[str, Any]) -> Iterator[str]:
+    for mode, found in modes.items():
+        if (speedup := _number(found["speedup"])) is not None:
+            yield f"{mode}: {speedup:.2f}× as fast as {found['best_baseline']}, the best baseline"
+
+
+def _accuracies(accuracy: Mapping[str, Any]) -> Iterator[Checked]:
+    """The error of each candidate against float64."""
+    for name, found in accuracy.items():
+        ratio = _number(found["ratio"])
+        detail = [] if ratio is None else [f"worst {ratio:.2f}× eager's error"]
+        yield Checked(f"{name}, against float64", not found["problems"], "; ".join([*detail, *found["problems"]]))
 
 
 def _number(value: Any) -> float | None:
