@@ -205,6 +205,16 @@ def test_accumulation_retain_graph_and_no_grad() -> None:
         assert_as_eager(run, model, x)
 
 
+def test_a_graph_is_retained_after_a_backward_that_was_not() -> None:
+    model = Headline(dtype=torch.float64)
+    run = compiled(model)
+    x = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    run(x).sum().backward()
+    y = run(x).sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(y, x)[0])
+
+
 def test_same_result_twice() -> None:
     model = Headline()
     run, x = compiled(model), torch.randn(5, 9)

@@ -59,18 +59,17 @@ def fusewright(
         if check is not None:
             check(executable_of(built).plan, is_backward(graph))
         run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS)) if settings.cuda_graphs else built
+        donate_nothing()
         boxed: Callable[..., Any] = make_boxed_func(run)
         return boxed
 
-    # A donated buffer may be overwritten by the backward, which then could not run twice (retain_graph).
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled: Callable[..., Any] = aot_autograd(
-            fw_compiler=compile_fx,
-            bw_compiler=compile_fx,
-            inference_compiler=compile_fx,
-            partition_fn=partition_joint,
-            decompositions=decompositions(),
-        )(module, example_inputs)
+    compiled: Callable[..., Any] = aot_autograd(
+        fw_compiler=compile_fx,
+        bw_compiler=compile_fx,
+        inference_compiler=compile_fx,
+        partition_fn=partition_joint,
+        decompositions=decompositions(),
+    )(module, example_inputs)
     return compiled
 
 
@@ -82,6 +81,13 @@ def target_for(device: torch.device, settings: Settings) -> Target:
 
 def is_backward(graph: fx.GraphModule) -> bool:
     return any("tangents" in p.name for p in graph.graph.find_nodes(op="placeholder"))
+
+
+def donate_nothing() -> None:
+    """Tells AOTAutograd, which is compiling a forward, that its backward overwrites nothing: it may run twice."""
+    context = torch._guards.TracingContext.try_get()
+    if context and context.fw_metadata:
+        context.fw_metadata.bw_donated_idxs = []
 
 
 def stationary(graph: fx.GraphModule) -> list[int]:

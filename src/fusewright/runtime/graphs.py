@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -51,8 +50,8 @@ class Recorder(Protocol):
     def capturing(self) -> bool:
         """Whether the caller is capturing a graph of their own."""
 
-    def record(self, run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
-        """Captures what `run` launches. Returns how to replay it, and the results, which each replay writes anew."""
+    def record(self, run: Run, arguments: Sequence[Any]) -> tuple[Callable[[], None], list[Any]]:
+        """Captures what `run` launches. Returns how to replay that, and the results, which each replay writes anew."""
 
 
 class CudaRecorder:
@@ -68,13 +67,13 @@ class CudaRecorder:
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    def record(self, run: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
+    def record(self, run: Run, arguments: Sequence[Any]) -> tuple[Callable[[], None], list[Any]]:
         graph = torch.cuda.CUDAGraph()
         side = _side_stream(self.index, self.stream())
         # Other threads may use the device meanwhile.
         captured = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
         with torch.cuda.device(self.index), torch.inference_mode(False), torch.no_grad(), captured:
-            results = run()
+            results = run(*arguments)
         return graph.replay, results
 
 
@@ -203,12 +202,16 @@ class _Sized:
             _copy(buffer, arguments[i])
         static = [buffers.get(i, a) for i, a in enumerate(arguments)]
         first = owner.run(*static)
+        # A result that lies in a buffer is made anew below, for a recording counts who holds its memory from the start.
+        inside = {_storage(b) for b in buffers.values()}
+        again = [isinstance(r, Tensor) and _storage(r) in inside for r in first]
+        first = [None if a else r for r, a in zip(first, again, strict=True)]
         try:
-            graph, results = owner.recorder.record(lambda: owner.run(*static))
+            graph, results = owner.recorder.record(owner.run, static)
         except RuntimeError as error:
             raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
-        self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
-        return [r.detach() if any(r is b for b in buffers.values()) else r for r in first]
+        recording = self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
+        return [m if a else r for r, a, m in zip(first, again, recording.results(arguments), strict=True)]
 
 
 @dataclass
@@ -234,7 +237,7 @@ Make = Callable[[Sequence[Tensor], Sequence[Any]], Any]
 @dataclass
 class _Recording:
     """One captured graph. buffers: what is copied in, by argument. watched: of each storage that results alias the
-    address, how many tensors of our own share it, and those results."""
+    address, how many tensors share it that we hold, and those results."""
 
     graph: Callable[[], None]
     buffers: dict[int, Tensor]
@@ -265,10 +268,8 @@ class _Recording:
                 slot = slots.setdefault(key, _Slot(result, key[1], set()))
                 slot.positions.add(position)
                 make.append(_slot(list(slots).index(key)))
-        own = {id(t): t for t in (*buffers.values(), *(s.tensor for s in slots.values()))}
-        shared = Counter(_storage(t) for t in own.values())
         aliased = [(_storage(s.tensor), s.positions) for s in slots.values() if not s.copied]
-        watched = [(storage, shared[storage], positions) for storage, positions in aliased]
+        watched = [(storage, _holders(storage), positions) for storage, positions in aliased]
         return cls(graph, buffers, list(slots.values()), make, watched)
 
     def held(self) -> set[int]:
@@ -279,6 +280,9 @@ class _Recording:
         for i, buffer in self.buffers.items():
             _copy(buffer, arguments[i])
         self.graph()
+        return self.results(arguments)
+
+    def results(self, arguments: Sequence[Any]) -> list[Any]:
         fresh = [slot.fresh() for slot in self.slots]
         return [make(fresh, arguments) for make in self.make]
 
@@ -320,15 +324,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _holders(storage: int) -> int:
-    """How many tensors share a storage."""
-    return int(torch._C._storage_Use_Count(storage)) - _uncounted()
-
-
-@cache
-def _uncounted() -> int:
-    """What the count of a storage that one tensor has is above one."""
-    tensor = torch.empty(1, device="cpu")
-    return int(torch._C._storage_Use_Count(_storage(tensor))) - 1
+    """Counts, from a constant on, the tensors that share a storage."""
+    return int(torch._C._storage_Use_Count(storage))
 
 
 def _buffer(like: Tensor) -> Tensor:
