@@ -75,6 +75,14 @@ app.command(
 app.command(
     epilog=_lines(
         "Examples:",
+        "fusewright bench model.py --quick",
+        "fusewright bench model.py model_new.py --dtype bfloat16 --json bench.json --plot roofline.png",
+        "fusewright bench model.py --mode forward --set batch_size=16 --cuda-graphs --first-call",
+    )
+)(models.bench)
+app.command(
+    epilog=_lines(
+        "Examples:",
         "fusewright doctor",
         "fusewright doctor --arch sm_80 --json -",
     )

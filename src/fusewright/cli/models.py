@@ -113,3 +113,60 @@ def verify(
     output.result(report)
     if not report["passed"]:
         raise WrongResult(f"{candidate} is not as correct as {reference}")
+
+
+def bench(
+    reference: Reference,
+    candidate: Annotated[
+        Path | None,
+        typer.Argument(metavar="CANDIDATE", help="A model file with class ModelNew. Default: fusewright in process."),
+    ] = None,
+    dtype: Dtype = None,
+    set_: Set = None,
+    allow_tf32: Annotated[
+        bool, typer.Option("--allow-tf32", help="Let products of float32 use TF32, in the baselines too.")
+    ] = False,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODE", autocompletion=options.modes, help="forward, backward or both; repeatable. Default: all."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out torch.compile's max-autotune, which takes minutes.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Let torch.compile and fusewright replay CUDA graphs.")
+    ] = False,
+    first_call: Annotated[
+        bool, typer.Option("--first-call", help="Time the first call too, with empty and with warm caches.")
+    ] = False,
+    trials: Annotated[int, typer.Option(min=50, help="How many trials a median is of.")] = 50,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Draw the roofline: a .png, .svg or .pdf; needs matplotlib.")
+    ] = None,
+    json_: Json = None,
+) -> None:
+    """Time a model on the GPU beside eager and torch.compile at the same precision, and beside the floor."""
+    inputs = [reference, *([candidate] if candidate else [])]
+    output = Output("bench", json_, inputs)
+    with output.loading():
+        from fusewright.tools import bench as tool
+        from fusewright.tools import bench_show as show
+        from fusewright.tools.files import check_output
+
+        cast = options.dtype(dtype)
+    tool.require_gpu()
+    if plot is not None:
+        show.require_plot(plot)
+        check_output(plot, inputs, "--plot")
+    given = options.settings(set_)
+    request = tool.Request(
+        reference, candidate, cast, given, allow_tf32, tuple(mode or ()), quick, trials, first_call, cuda_graphs
+    )
+    with output.kept():
+        measured = tool.bench(request, output.console)
+        output.console.print(show.render(measured))
+    output.result(measured)
+    if plot is not None:
+        show.plot(measured, plot)

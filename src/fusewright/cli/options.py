@@ -24,6 +24,10 @@ def _dtypes() -> list[str]:
     return list(DTYPES)
 
 
+def modes() -> list[str]:
+    return ["forward", "backward", "both"]
+
+
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="A model file: class Model, get_inputs() and get_init_inputs().")
 ]

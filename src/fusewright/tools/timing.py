@@ -26,6 +26,7 @@ from torch import nn
 WARM_UPS = 10
 TRIALS = 50
 FLUSH_BYTES = 256 << 20
+DEVICE = "cuda"
 _HEAD_START = 20_000_000  # clock cycles, about 10 ms, that the device idles while the host queues work
 
 Progress = Callable[[int, int], None]  # trials done, and how many there are
@@ -64,7 +65,7 @@ def interleaved(
     """Times every candidate, in turns. A candidate that raises is reported as {"failed": why}."""
     failed = {name: why for name, c in candidates.items() if (why := _warm_up(c))}
     names = [name for name in candidates if name not in failed]
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     for trial in range(trials):
@@ -140,9 +141,9 @@ def rates(trials: int = 20) -> dict[str, float]:
     # 2 GiB each where that fits; a card that has little left measures the same rate on less.
     count = min(1 << 29, int(torch.cuda.mem_get_info()[0]) // 32)
     n = 8192
-    source = torch.randn(count, device="cuda")
+    source = torch.randn(count, device=DEVICE)
     target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.float16) for _ in range(2))
     timed = interleaved({"copy": Candidate(lambda: target.copy_(source)), "product": Candidate(lambda: a @ b)}, trials)
     return {
         "copy_bytes_per_s": 2 * source.nbytes / timed["copy"]["ms"] * 1e3,
