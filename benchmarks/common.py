@@ -1,8 +1,7 @@
-"""What the programs that compare many models share: a time budget, models with inputs, and caches filled beforehand.
+"""What the programs that compare many models share: a time budget, models with inputs, and processes.
 
 Most of the time of such a program would go into compilation, one model after the other. So worker processes compile
-first, all at once, into the caches on disk (Inductor's, Triton's, fusewright's); the program itself then compiles from
-warm caches, one model at a time, and measures with the device to itself.
+first, all at once; then each measures its models when it is told to, with the machine to itself.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from measure import Candidate
 
 MODES = ("forward", "forward+backward")
 WORKERS = 14  # each holds a CUDA context and torch's libraries
+LATE = 15.0  # seconds past a budget's end that what has begun may take
 
 
 class Budget:
@@ -144,12 +146,15 @@ class Compiled(Exception):
 
 
 @contextmanager
-def compiling_only() -> Iterator[None]:
-    """Inside, what fusewright builds is compiled but never run (nor timed by the tuner): a call raises Compiled."""
+def compiling_only(wait: bool = True) -> Iterator[None]:
+    """Inside, what fusewright builds is compiled but never run (nor timed by the tuner): a call ends the block.
+
+    wait: until the kernels are compiled, which happens in the background.
+    """
     with measure.recorded() as built, suppress(Compiled):
 
         def call(*_: Any) -> Any:
-            for one in built:
+            for one in built if wait else ():
                 _ = measure.executable_of(one).loaded
             raise Compiled
 
@@ -157,37 +162,74 @@ def compiling_only() -> Iterator[None]:
             yield
 
 
-def fill_caches(prepare: Callable[[Any], None], tasks: Sequence[Any], seconds: float) -> int:
-    """Runs `prepare` (a function of a module) for each task in worker processes; returns how many ended in time.
+# Compiles one task and returns what will measure it.
+Prepare = Callable[[Any], Callable[[], Any]]
 
-    It returns after `seconds` at the latest, with all workers gone: who measures has the device to itself. A task that
-    fails counts as done, for the program will meet the failure itself.
+
+def measured_in_turn(prepare: Prepare, tasks: Sequence[Any], budget: Budget, share: float) -> Iterator[tuple[Any, Any]]:
+    """Prepares all tasks at once in worker processes, then measures one after the other; yields each with its result.
+
+    Preparation ends after `share` of the budget; what is not prepared by then is left out, and so is what comes after
+    the budget's end. Nothing is compiled while anything is measured. A task that fails gives {"failed": why}. prepare:
+    a function of a module; tasks and results travel between processes.
     """
-    start, done = time.monotonic(), 0
     count = max(1, min(len(tasks), WORKERS, (os.cpu_count() or 2) - 2))
-    with multiprocessing.get_context("spawn").Pool(count, _single) as pool:
-        finished = pool.imap_unordered(_Quiet(prepare), tasks)
-        with suppress(multiprocessing.TimeoutError):
-            for _ in tasks:
-                finished.next(timeout=max(0.0, start + seconds - time.monotonic()))
-                done += 1
-    print(f"filled caches: {done} of {len(tasks)} in {time.monotonic() - start:.0f} s by {count} processes", flush=True)
-    return done
+    shares, end = [list(tasks[i::count]) for i in range(count)], time.monotonic() + share * budget.left
+    context, workers = multiprocessing.get_context("spawn"), []
+    for own in shares:
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, prepare, own, end), daemon=True)
+        process.start()
+        there.close()
+        workers.append((process, here))
+    try:
+        prepared = [_answer(here, end) for _, here in workers]
+        for (process, _), answer in zip(workers, prepared, strict=True):
+            if not isinstance(answer, int):
+                process.kill()
+        done = sum(p for p in prepared if isinstance(p, int))
+        print(f"prepared {done} of {len(tasks)} in {count} processes; {budget.left:.0f} s are left", flush=True)
+        for i, task in enumerate(tasks):
+            answer, connection, place = prepared[i % count], workers[i % count][1], i // count
+            if not isinstance(answer, int):
+                yield task, answer
+            elif budget.spent:
+                print(f"time is up: {len(tasks) - i} of {len(tasks)} are left out", flush=True)
+                return
+            elif place < answer:
+                with suppress(OSError):
+                    connection.send(place)
+                yield task, _answer(connection, time.monotonic() + budget.left)
+    finally:
+        for process, _ in workers:
+            process.kill()
 
 
-@dataclass(frozen=True)
-class _Quiet:
-    prepare: Callable[[Any], None]
+def _answer(connection: Connection, end: float) -> Any:
+    try:
+        if connection.poll(max(0.0, end - time.monotonic()) + LATE):
+            return connection.recv()
+    except (EOFError, OSError):
+        return {"failed": "its process ended"}
+    return {"failed": "it took too long"}
 
-    def __call__(self, task: Any) -> None:
-        with suppress(Exception):
-            self.prepare(task)
-        torch._dynamo.reset()
 
-
-def _single() -> None:
-    """One process compiles one model at a time; parallel are the processes."""
+def _work(connection: Connection, prepare: Prepare, tasks: Sequence[Any], end: float) -> None:
+    """Prepares until `end`, says how many are prepared, then measures those that it is asked for."""
     import torch._inductor.config
 
-    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.compile_threads = 1  # parallel are the processes
     torch.set_num_threads(1)
+    ready: list[Any] = []
+    for task in tasks:
+        if time.monotonic() > end:
+            break
+        ready.append(attempt(partial(prepare, task)))
+    connection.send(len(ready))
+    while True:
+        place = connection.recv()
+        run, ready[place] = ready[place], None
+        connection.send(attempt(run) if callable(run) else run)
+        del run
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

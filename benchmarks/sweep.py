@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 import measure
-from common import Budget, Subject, attempt, compiling_only, fill_caches, geometric_mean
+from common import Budget, Subject, attempt, compiling_only, geometric_mean, measured_in_turn
 from fusewright.errors import UnknownSetting
 from fusewright.settings import Settings
 from measure import Candidate
-from products import ACTIVATIONS, BIAS, OTHERS, PRECISIONS, Precision, flags, made
+from products import ACTIVATIONS, BIAS, OTHERS, PRECISIONS, Precision, flags, made, title
 
 LEAST, MOST = 512, 8192
 TRIALS = 10
-SHARE = 0.45  # of the time, at most, goes into filling caches
+SHARE = 0.5  # of the time, at most, goes into compilation
 TARGETS = {"bfloat16": 1.0, "float16": 1.0, "float32": 3.5, "TF32, frozen": 1.6}
 OURS, THEIRS = "fusewright alone", "inductor"
 
@@ -43,6 +43,9 @@ class Case:
     n: int
     k: int
     steps: tuple[str, ...]
+
+
+Task = tuple[Case, str]  # a case and a precision
 
 
 def draw(seed: int, count: int) -> list[Case]:
@@ -81,25 +84,25 @@ def compilations(precision: Precision) -> dict[str, dict[str, Any]]:
     return {THEIRS: {"backend": "inductor"}, OURS: ours}
 
 
-def prepare(task: tuple[Case, str]) -> None:
-    """Compiles both candidates of a case in a worker, into the caches."""
-    case, name = task
-    precision = PRECISIONS[name]
-    model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
-    theirs, ours = (Subject(model, inputs, compiled) for compiled in compilations(precision).values())
-    with flags(precision.tf32):
-        with compiling_only():
-            ours.forward()
-        theirs.forward()
-    torch.cuda.synchronize()
-
-
-def one(case: Case, precision: Precision, trials: int) -> dict[str, Any]:
-    torch._dynamo.reset()
+def prepare(task: Task, trials: int) -> Callable[[], dict[str, Any]]:
+    """Compiles both candidates of a case, without tuning ours, which needs the device to itself."""
+    case, precision = task[0], PRECISIONS[task[1]]
     model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
     subjects = {name: Subject(model, inputs, compiled) for name, compiled in compilations(precision).items()}
     with flags(precision.tf32), measure.recorded() as built:
+        with compiling_only():
+            subjects[OURS].forward()
+        subjects[THEIRS].forward()
+    torch.cuda.synchronize()
+    return partial(one, task, subjects, built, trials)
+
+
+def one(task: Task, subjects: Mapping[str, Subject], built: list[Any], trials: int) -> dict[str, Any]:
+    case, precision = task[0], PRECISIONS[task[1]]
+    model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
+    with flags(precision.tf32):
         errors = _errors(subjects, Subject(model.double(), [x.double() for x in inputs]).forward())
+        del model, inputs
         timed = measure.interleaved({name: Candidate(s.forward) for name, s in subjects.items()}, trials)
     found: dict[str, Any] = {"timings": timed, "errors": errors, "program": _program(built)}
     if all("ms" in t for t in timed.values()):
@@ -157,18 +160,16 @@ def main() -> None:
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     cases = draw(seed, min(options.cases, 8) if options.quick else options.cases)
     precisions = available()
-    fill_caches(prepare, [(case, name) for case in cases for name in precisions], SHARE * budget.left)
     report: dict[str, Any] = {"environment": measure.environment(), "seed": seed, "trials": trials, "cases": []}
-    for case in cases:
-        if budget.spent:
-            print(f"time is up: {len(report['cases'])} of {len(cases)} cases", flush=True)
-            break
-        results = {name: attempt(partial(one, case, p, trials)) for name, p in precisions.items()}
-        report["cases"].append({**dataclasses.asdict(case), "results": results})
+    tasks = [(case, name) for case in cases for name in precisions]
+    for (case, name), found in measured_in_turn(partial(prepare, trials=trials), tasks, budget, SHARE):
+        if not report["cases"] or report["cases"][-1]["case"] != cases.index(case):
+            report["cases"].append({"case": cases.index(case), **dataclasses.asdict(case), "results": {}})
+        report["cases"][-1]["results"][name] = found
         report["summary"] = summary(report["cases"], list(precisions))
         measure.write("sweep", report)
-        shown = {name: round(r["speedup"], 2) if "speedup" in r else r for name, r in results.items()}
-        print(f"{case.m}×{case.n}×{case.k} {', '.join(case.steps)}: {shown}", flush=True)
+        speedup = f"{found['speedup']:.2f}" if "speedup" in found else found
+        print(f"{case.m}×{case.n}×{case.k} {title(case.steps)}, {name}: {speedup} {found.get('program')}", flush=True)
     print({name: round(s["geometric_mean"], 3) for name, s in report.get("summary", {}).items()}, "seed", seed)
 
 

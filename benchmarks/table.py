@@ -164,6 +164,7 @@ def _figure(value: float | None, form: str = ".2f") -> str:
 
 def sweep(result: Result) -> str:
     """By precision: geometric mean and extremes of the speedups; then the worst five of each; a plot."""
+    precisions = sorted(result["summary"].items(), key=lambda item: float(item[1]["target"]))
     header = ["precision", "cases", "geometric mean", "target", "least", "most", "worst error ÷ Inductor's"]
     rows = [
         [
@@ -171,7 +172,7 @@ def sweep(result: Result) -> str:
             f"{s['cases']}" + (f" ({s['failed']} failed)" if s["failed"] else ""),
             *(_figure(s[k]) for k in ("geometric_mean", "target", "least", "most", "error_over_inductor")),
         ]
-        for name, s in result["summary"].items()
+        for name, s in precisions
     ]
     worst = ["precision", "M×N×K", "epilogue", "speedup", "ours ms", "Inductor ms", "kernel", "waves of tiles"]
     note = (
@@ -179,7 +180,7 @@ def sweep(result: Result) -> str:
         f"alone, in inference; medians of {result['trials']} trials; shapes and epilogues drawn from seed "
         f"{result['seed']}.\n"
     )
-    five = [row for name in result["summary"] for row in _worst_five(result["cases"], name)]
+    five = [row for name, _ in precisions for row in _worst_five(result["cases"], name)]
     return grid(header, rows) + note + "\nThe worst five of each:\n\n" + grid(worst, five) + source(result)
 
 

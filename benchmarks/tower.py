@@ -8,14 +8,14 @@ In inference. Launches, not kernels, take the time of so small a batch: hence CU
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 import measure
-from common import Budget, Subject, attempt, compiling_only, fill_caches, geometric_mean
+from common import Budget, Subject, attempt, compiling_only, geometric_mean, measured_in_turn
 from fusewright.capture import model_file
 from zoo import ZOO
 
@@ -43,16 +43,17 @@ def subject(task: Task, candidate: str) -> Subject:
     return Subject(instance.model, instance.inputs, COMPILED[candidate])
 
 
-def prepare(task: Task) -> None:
-    with compiling_only():
-        subject(task, "fusewright").forward()
-    subject(task, "inductor").forward()
-    torch.cuda.synchronize()
-
-
-def one(task: Task, trials: int) -> dict[str, Any]:
-    torch._dynamo.reset()
+def prepare(task: Task, trials: int) -> Callable[[], dict[str, Any]]:
+    """Compiles what needs no turn of its own: what CUDA graphs record waits, and so does what is tuned."""
     subjects = {name: subject(task, name) for name in COMPILED}
+    subjects["inductor"].forward()
+    with compiling_only():
+        subjects["fusewright"].forward()
+    torch.cuda.synchronize()
+    return partial(one, subjects, trials)
+
+
+def one(subjects: Mapping[str, Subject], trials: int) -> dict[str, Any]:
     timed = measure.interleaved({name: s.candidate("forward") for name, s in subjects.items()}, trials)
     host = {n: attempt(partial(measure.host_microseconds, s.forward, 50, 10)) for n, s in subjects.items()}
     return {"timings": timed, "host": host, **ratio(timed)}
@@ -72,18 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     budget = Budget(options.seconds)
     tasks = [(width, dtype) for width in WIDTHS for dtype in DTYPES]
-    fill_caches(prepare, tasks, 0.5 * budget.left)
     report: dict[str, Any] = {"environment": measure.environment(), "batch": BATCH, "target": TARGET, "towers": {}}
-    for task in tasks:
-        if budget.spent:
-            print(f"time is up: {task} is left out", flush=True)
-            continue
-        name = f"{task[1]}, {task[0]} wide"
-        report["towers"][name] = found = attempt(partial(one, task, 30 if options.quick else 100))
+    trials = 30 if options.quick else 100
+    for (width, dtype), found in measured_in_turn(partial(prepare, trials=trials), tasks, budget, 0.6):
+        report["towers"][f"{dtype}, {width} wide"] = found
         ratios = [t["over_reduce_overhead"] for t in report["towers"].values() if "over_reduce_overhead" in t]
         report["geometric_mean"] = geometric_mean(ratios) if ratios else None
         measure.write("tower", report)
-        print(name, found.get("over_reduce_overhead"), found.get("timings", found), flush=True)
+        print(dtype, width, found.get("over_reduce_overhead"), found.get("timings", found), flush=True)
 
 
 if __name__ == "__main__":

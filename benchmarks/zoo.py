@@ -9,7 +9,8 @@ last, model by model, while time is left, and not at all with --quick. Errors ar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import measure
-from common import MODES, Budget, Subject, attempt, compiling_only, errors, fill_caches, geometric_mean, kernels
+from common import MODES, Budget, Subject, attempt, compiling_only, errors, geometric_mean, kernels, measured_in_turn
 from fusewright.capture import model_file
 
 ZOO = Path(__file__).resolve().parent / "zoo"
@@ -25,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = {"float32": 3.0, "bfloat16": 1.05}
 LEAST = 0.97  # no model may be slower than this
 TRIALS = 20
-SHARE = 0.4  # of the time, at most, goes into filling caches
+SHARE = 0.5  # of the time, at most, goes into compilation before anything is measured
 
 EAGER, OURS, AUTOTUNE = "eager", "fusewright", "inductor max-autotune"
 COMPILED: dict[str, dict[str, Any] | None] = {
@@ -44,19 +45,20 @@ def subject(task: Task, candidate: str) -> Subject:
     return Subject(instance.model, instance.inputs, COMPILED[candidate])
 
 
-def prepare(task: Task) -> None:
-    """Compiles for forward and for training in a worker, into the caches."""
+def prepare(task: Task, trials: int) -> Callable[[], dict[str, Any]]:
+    """Compiles every candidate but max-autotune for forward and training, without tuning ours."""
+    subjects = {name: subject(task, name).training() for name in COMPILED if name != AUTOTUNE}
     for mode in MODES:
-        with compiling_only():
-            subject(task, OURS).training().run(mode)()
-        subject(task, "inductor").training().run(mode)()
+        for name, candidate in subjects.items():
+            with compiling_only() if name == OURS else nullcontext():
+                candidate.run(mode)()
+            candidate.reset()
     torch.cuda.synchronize()
+    return partial(one, subjects, trials)
 
 
-def one(task: Task, names: Sequence[str], trials: int) -> dict[str, Any]:
+def one(subjects: Mapping[str, Subject], trials: int) -> dict[str, Any]:
     """Timings by mode, errors, and the kernels that eager and ours launch in a forward and a backward."""
-    torch._dynamo.reset()
-    subjects = {name: subject(task, name).training() for name in names}
     others = {name: s for name, s in subjects.items() if name != EAGER}
     found: dict[str, Any] = {"modes": {}, "kernels": {}}
     found["errors"] = attempt(partial(errors, others, subjects[EAGER]))
@@ -66,6 +68,12 @@ def one(task: Task, names: Sequence[str], trials: int) -> dict[str, Any]:
         timed = measure.interleaved({name: s.candidate(mode) for name, s in subjects.items()}, trials)
         found["modes"][mode] = {"timings": timed, **speedup(timed)}
     return found
+
+
+def searched(task: Task, trials: int) -> dict[str, Any]:
+    """The same with max-autotune among the candidates, whose search needs the device to itself."""
+    torch._dynamo.reset()
+    return one({name: subject(task, name).training() for name in COMPILED}, trials)
 
 
 def _kernels(subject: Subject, mode: str) -> int:
@@ -115,21 +123,21 @@ def main() -> None:
     options = parser.parse_args()
     budget, trials = Budget(options.seconds), 10 if options.quick else TRIALS
     tasks = [(model, dtype) for model in options.only for dtype in DTYPES]
-    fill_caches(prepare, tasks, SHARE * budget.left)
     report: dict[str, Any] = {"environment": measure.environment(), "models": {}, "summary": {}}
-    names = [name for name in COMPILED if name != AUTOTUNE]
-    for rounds in (names, list(COMPILED)) if not options.quick else (names,):
-        for task in tasks:
-            if budget.spent:
-                print(f"time is up: {task} is left out", flush=True)
-                continue
-            model, dtype = task
-            found = attempt(partial(one, task, rounds, trials))
-            if "failed" not in found or AUTOTUNE not in rounds:
-                report["models"].setdefault(model, {})[dtype] = found
-            report["summary"] = summary(report["models"])
-            measure.write("zoo", report)
-            _print(task, found)
+
+    def keep(task: Task, found: dict[str, Any]) -> None:
+        report["models"].setdefault(task[0], {})[task[1]] = found
+        report["summary"] = summary(report["models"])
+        measure.write("zoo", report)
+        _print(task, found)
+
+    for task, found in measured_in_turn(partial(prepare, trials=trials), tasks, budget, SHARE):
+        keep(task, found)
+    for task in tasks if not options.quick else ():
+        if budget.spent:
+            print(f"time is up: no max-autotune for {task}", flush=True)
+        elif "failed" not in (found := attempt(partial(searched, task, trials))):
+            keep(task, found)
     print(report["summary"])
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import sweep
 import tower
 import training
 import zoo
-from common import Subject, compiling_only, fill_caches, geometric_mean
+from common import Budget, Subject, compiling_only, geometric_mean, measured_in_turn
 from products import EIGHT, PRECISIONS, STEPS, Product, flags, made
 
 
@@ -113,20 +115,38 @@ def test_compiling_only_runs_nothing() -> None:
     torch._dynamo.reset()
 
 
-def _touch(path: Path) -> None:
-    if path.name == "fails":
-        raise ValueError
-    if path.name == "slow":
+def _prepare(task: str) -> Callable[[], str]:
+    if task == "fails":
+        raise ValueError("cannot be prepared")
+    if task == "slow":
         time.sleep(600)
-    path.write_text("here")
+    prepared = time.monotonic()
+
+    def run() -> str:
+        if task == "ends":
+            os._exit(1)
+        return f"{task} {prepared} {time.monotonic()}"
+
+    return run
 
 
-def test_caches_are_filled_by_processes_until_the_time_is_up(tmp_path: Path) -> None:
-    assert fill_caches(_touch, [tmp_path / "a", tmp_path / "fails", tmp_path / "b"], 120) == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
-    start = time.monotonic()
-    assert fill_caches(_touch, [tmp_path / "slow"], 0.5) == 0
-    assert time.monotonic() - start < 60
+def test_all_is_prepared_before_anything_is_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "WORKERS", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    tasks = ["a", "fails", "ends", "b", "c", "after the end"]
+    found = dict(measured_in_turn(_prepare, tasks, Budget(120), 0.9))
+    assert list(found) == tasks
+    assert "cannot be prepared" in found["fails"]["failed"]
+    assert found["ends"] == found["after the end"] == {"failed": "its process ended"}
+    names, prepared, measured = zip(*(found[t].split() for t in ("a", "b", "c")), strict=True)
+    assert names == ("a", "b", "c") and max(map(float, prepared)) < min(map(float, measured))
+    assert list(map(float, measured)) == sorted(map(float, measured))
+
+
+def test_a_budget_ends_preparation_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "LATE", 0.1)
+    assert dict(measured_in_turn(_prepare, ["slow"], Budget(2), 0.5)) == {"slow": {"failed": "it took too long"}}
+    assert all("failed" in found for _, found in measured_in_turn(_prepare, ["a"], Budget(0), 1.0))
 
 
 def test_curves_within_the_spread_pass() -> None:
