@@ -4,7 +4,7 @@
 
 A table named NAME lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. --check changes nothing and fails where
 a table is not what the results say. Where a program has not run yet, the document says so: "Not measured yet" stands
-between the markers.
+between the markers. Markers of other names are left to whoever generates what lies between them.
 """
 
 from __future__ import annotations
@@ -312,10 +312,8 @@ NOT_MEASURED = "Not measured yet"
 def render(name: str, results: Path = RESULTS, body: str = "") -> str:
     """The table for a marker. body: what stands there now; where it says so, a program need not have run.
 
-    Raises Stale where there is no such table, or no results.
+    Raises Stale where there are no results.
     """
-    if name not in TABLES:
-        raise Stale(f"no table is called {name!r}; there are {', '.join(TABLES)}")
     program, table = TABLES[name]
     path = results / f"{program}.json"
     if not path.is_file() and body.startswith(NOT_MEASURED):
@@ -331,6 +329,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
+        if name not in TABLES:
+            return match[0]
         return f"<!-- {name}:begin -->\n{render(name, results, match['body'])}<!-- {name}:end -->"
 
     return MARKER.sub(replace, text)
