@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright.errors import CannotFuse, FusewrightError
-from fusewright.fusion.plan import FusionPlan, Step
+from fusewright.fusion.plan import FusionPlan
 from fusewright.settings import Settings
 
 
@@ -122,19 +122,22 @@ def _code(function: Any) -> Any:
 def one_kernel(plan: FusionPlan, backward: bool) -> None:
     """Raises CannotFuse if something runs as ATen, or, but in a backward, after the kernel of the product."""
     for fallback in plan.fallbacks:
-        raise CannotFuse(_refusal(fallback, fallback.reason))
+        raise CannotFuse(_refusal(fallback.operators or [fallback.name], [fallback.reason]))
     if backward:
         return
     made = {name for region in plan.regions if region.gemm for name in region.writes()}
+    late: list[str] = []
     for step in plan.steps:
         if made.intersection(step.reads()):
-            refused = [r.reason for r in plan.refusals if set(r.operators) & set(step.operators)]
-            raise CannotFuse(_refusal(step, *(refused or ["it needs the product as a whole"])))
+            made.update(step.writes())
+            late += step.operators
+    if late:
+        reasons = [r.reason for r in plan.refusals if set(r.operators) & set(late)]
+        raise CannotFuse(_refusal(late, reasons or ["it reads the finished product"]))
 
 
-def _refusal(step: Step, *reasons: str) -> str:
-    operators = ", ".join(dict.fromkeys(step.operators)) or "the epilogue"
+def _refusal(operators: Sequence[str], reasons: Sequence[str]) -> str:
     return (
-        f"{operators} cannot be fused with the product: {'; '.join(dict.fromkeys(reasons))}. Apply it to what "
-        "fusewright.linear returns, or use fusewright.compile, which lets it run apart"
+        f"{', '.join(dict.fromkeys(operators))} cannot be fused with the product: {'; '.join(dict.fromkeys(reasons))}. "
+        "Apply it to what fusewright.linear returns, or use fusewright.compile, which lets it run apart"
     )

@@ -1,0 +1,225 @@
+"""`fusewright.linear`: results and gradients as in eager, one kernel, traced once, alone and inside torch.compile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fusewright
+from fusewright import compiler, doors
+from fusewright.errors import CannotFuse, InvalidSetting, UnknownSetting
+from fusewright.runtime.executable import Executable
+from graphs import gradients
+
+simulated = functools.partial(fusewright.linear, simulate=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    doors._kept.clear()
+    counters.clear()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Executable]:
+    """The executables made in a test, in order."""
+    made: list[Executable] = []
+    build = compiler.build
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        made.append(build(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(compiler, "build", spy)
+    return made
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def assert_as_eager(found: Any, expected: Any, *leaves: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    for f, e in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_and_closed_over_tensors_get_gradients(built: list[Executable]) -> None:
+    x, weight, bias, residual, scale = tensors((5, 9), (10, 9), (10,), (5, 10), (10,))
+
+    def epilogue(y: Tensor, r: Tensor) -> Tensor:
+        return F.silu(y) * scale + r
+
+    found = simulated(x, weight, bias, epilogue, operands=(residual,))
+    expected = epilogue(F.linear(x, weight, bias), residual)
+    assert_as_eager(found, expected, x, weight, bias, residual, scale)
+    (region,) = built[0].plan.regions
+    assert {"addmm", "silu", "mul", "add"} <= set(region.operators)
+    assert not built[1].plan.fallbacks
+
+
+class Layer(nn.Module):
+    """Makes its epilogue anew in each call, as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(10, 9)), nn.Parameter(torch.randn(10))
+
+    def forward(self, x: Tensor, **settings: Any) -> Tensor:
+        return fusewright.linear(x, self.weight, epilogue=lambda y: torch.relu(y * self.scale), **settings)
+
+    def eager(self, x: Tensor) -> Tensor:
+        return torch.relu(F.linear(x, self.weight) * self.scale)
+
+
+def test_a_lambda_made_in_each_call_is_traced_once_and_batches_become_dynamic(built: list[Executable]) -> None:
+    layer, other = Layer(), Layer()
+    with torch.no_grad():
+        for batch in (5, 5, 7, 3, 12, 70):
+            x = torch.randn(batch, 9)
+            torch.testing.assert_close(layer(x, simulate=True), layer.eager(x), rtol=2e-5, atol=2e-5)
+        assert len(built) == 2  # one batch, then any
+        torch.testing.assert_close(other(x, simulate=True), other.eager(x), rtol=2e-5, atol=2e-5)
+        assert len(built) == 2
+
+
+def test_leading_dimensions_no_bias_and_no_epilogue() -> None:
+    x, weight = tensors((2, 3, 9), (10, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(simulated(x, weight), F.linear(x, weight), rtol=2e-5, atol=2e-5)
+
+
+def planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs plans in torch, which needs no kernels: for tests of the door alone."""
+    from fusewright.fusion import reference
+
+    class Planned(Executable):
+        def __init__(self, plan: Any) -> None:
+            self.plan = plan
+
+        def __call__(self, *arguments: Any) -> list[Any]:
+            return reference.run(self.plan, arguments, widen=False)
+
+    monkeypatch.setattr(compiler, "build", lambda graph, *_, **__: Planned(compiler.plan(graph)))
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * self.factor
+
+    def twice(self, y: Tensor) -> Tensor:
+        return y * self.factor * 2
+
+
+def multiplied(factor: float, y: Tensor) -> Tensor:
+    return y * factor
+
+
+EPILOGUES: dict[str, Callable[..., Any]] = {
+    "module": nn.GELU(),
+    "own module": Scale(3.0),
+    "method": Scale(3.0).twice,
+    "builtin": torch.tanh,
+    "partial": functools.partial(multiplied, 0.5),
+    "several results": lambda y: (y.relu(), y * 2),
+    "view": lambda y: y.t(),
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_any_callable_is_an_epilogue(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch)
+    x, weight, bias = tensors((5, 9), (10, 9), (10,))
+    epilogue = EPILOGUES[name]
+    found, expected = simulated(x, weight, bias, epilogue), epilogue(F.linear(x, weight, bias))
+    assert_as_eager(found, expected, x, weight, bias)
+
+
+def test_layers_of_many_sizes_share_an_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layout of weights is compiled for itself, so that none runs into Dynamo's limit of recompilations."""
+    planned(monkeypatch)
+    for n in range(2, 12):
+        x, weight = torch.randn(4, n), torch.randn(2 * n, n)
+        torch.testing.assert_close(simulated(x, weight, epilogue=F.relu), F.relu(F.linear(x, weight)))
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "operator"),
+    [
+        (lambda y: y.relu().cumsum(0), "cumsum"),
+        (lambda y: y.softmax(-1), "softmax"),
+        (lambda y: y @ y.t(), "mm"),
+        (lambda y: y.sum(), "sum"),
+        (lambda y: y.mean(-1, keepdim=True) + y, "mean"),
+    ],
+    ids=["cumsum", "softmax", "mm", "sum", "mean"],
+)
+def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) -> None:
+    x, weight = torch.randn(5, 9), torch.randn(10, 9)
+    with pytest.raises(CannotFuse, match=rf"{operator}.* cannot be fused .*fusewright\.compile"):
+        simulated(x, weight, epilogue=epilogue)
+
+
+def test_an_epilogue_that_is_no_function_of_tensors_is_refused() -> None:
+    with pytest.raises(CannotFuse, match="print"):
+        simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: print(y) or y)
+
+
+def test_settings_are_checked() -> None:
+    x, weight = torch.randn(5, 9), torch.randn(10, 9)
+    with pytest.raises(UnknownSetting, match="did you mean 'simulate'"):
+        fusewright.linear(x, weight, simulat=True)
+    with pytest.raises(InvalidSetting, match="bool"):
+        fusewright.linear(x, weight, simulate=1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor", "fusewright"])
+def test_inside_torch_compile_it_is_part_of_the_graph(backend: str, built: list[Executable]) -> None:
+    layer = Layer()
+
+    def model(x: Tensor) -> Tensor:
+        return layer(x * 2) + 1
+
+    options = {"simulate": True} if backend == "fusewright" else None
+    x = torch.randn(5, 9, requires_grad=True)
+    found = torch.compile(model, backend=backend, fullgraph=True, options=options)(x)
+    assert_as_eager(found, layer.eager(x * 2) + 1, x, layer.weight, layer.scale)
+    assert counters["stats"]["unique_graphs"] == 1
+    if backend == "fusewright":
+        (product,) = (r for r in built[0].plan.regions if r.gemm)
+        assert {"relu", "add"} <= set(product.operators)
+
+
+def test_trains_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch)
+    layer, eager = Layer().double(), Layer().double()
+    eager.load_state_dict(layer.state_dict())
+    optimizers = [torch.optim.Adam(m.parameters(), 0.05) for m in (layer, eager)]
+    for _ in range(5):
+        x = torch.randn(6, 9, dtype=torch.float64)
+        for call, optimizer in ((functools.partial(layer, simulate=True), optimizers[0]), (eager.eager, optimizers[1])):
+            optimizer.zero_grad()
+            call(x).square().mean().backward()
+            optimizer.step()
+    for a, e in zip(layer.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+def test_on_the_cpu_inductor_compiles_it() -> None:
+    x, weight, bias = tensors((5, 9), (10, 9), (10,))
+    assert_as_eager(fusewright.linear(x, weight, bias, F.gelu), F.gelu(F.linear(x, weight, bias)), x, weight, bias)
