@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 
 import torch
@@ -12,26 +12,43 @@ from fusewright.fusion.plan import FusionPlan
 from fusewright.ir.graph import Graph
 from fusewright.kernels.choose import candidates, contenders
 from fusewright.passes import pipeline
+from fusewright.passes.format import Capabilities, encode_operands
 from fusewright.runtime.autotune import Tuned
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import Target
 
 
-def plan(graph: Graph, names: Sequence[str | None] = ()) -> FusionPlan:
-    """Rewrites and fuses. names: what to call the inputs' buffers."""
-    return fuse(pipeline.run(graph, pipeline.BEFORE_FUSION), names)
+def plan(
+    graph: Graph,
+    names: Sequence[str | None] = (),
+    capabilities: Capabilities | None = None,
+    kept: Collection[int] = (),
+) -> FusionPlan:
+    """Rewrites and fuses. names: what to call the inputs' buffers.
+
+    capabilities: products may read halves of their operands where that pays; a graph that was cut from a joint one has
+    been through that stage already. kept: indices of inputs whose halves are kept from one call to the next.
+    """
+    graph = pipeline.run(graph, pipeline.BEFORE_FUSION)
+    if capabilities is not None:
+        graph = encode_operands(graph, capabilities, [graph.inputs[i] for i in kept])
+    return fuse(graph, names, [graph.inputs[i] for i in kept])
 
 
 def build(
-    graph: Graph, target: Target, device: torch.device, *, library: bool, tf32: bool = False
+    graph: Graph,
+    target: Target,
+    device: torch.device,
+    *,
+    library: bool,
+    capabilities: Capabilities | None = None,
+    kept: Collection[int] = (),
 ) -> Executable | Tuned:
-    """Compiles a graph for `target`. library: measure torch's products against ours at the first call.
-
-    tf32: float32 products need no more than TF32's precision.
-    """
-    made = plan(graph)
-    programs = candidates(made, target.chip, library=library, tensor_maps=target.tensor_maps, tf32=tf32)
+    """Compiles a graph for `target`; see `plan`. library: measure torch's products against ours at the first call."""
+    made = plan(graph, (), capabilities, kept)
+    programs = candidates(made, target.chip, library=library, tensor_maps=target.tensor_maps)
     first = {name: found[0] for name, found in programs.items()}
-    contested = {name: several for name, found in programs.items() if len(several := contenders(found)) > 1}
+    measured = programs.items() if device.type == "cuda" else ()
+    contested = {name: several for name, found in measured if len(several := contenders(found)) > 1}
     executable = Executable(made, first, target, device, chain.from_iterable(contested.values()))
     return Tuned(executable, contested) if contested else executable

@@ -24,6 +24,10 @@ class MixedDevices(FusewrightError):
     """The model's tensors live on more than one device."""
 
 
+class FrozenGradients(FusewrightError):
+    """Gradients are asked for of a model whose parameters were declared frozen."""
+
+
 class UnsupportedDtype(FusewrightError):
     """A tensor has a dtype that no kernel family handles."""
 

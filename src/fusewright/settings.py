@@ -25,6 +25,8 @@ class Settings:
     library: let cuBLAS compete for a GEMM region in process. simulate: run the kernels on the CPU in the
     simulator. schedules: how many thread orders the simulator tries. arch: the chip to compile for when there is
     no GPU; None means the GPU at hand. cuda_graphs: replay what a call launches as one CUDA graph.
+    freeze: parameters and buffers never change, so what is made of them (fp16 halves of float32 weights) is kept from
+    one call to the next, in as much memory again; refuses gradients. `fusewright.runtime.frozen.thaw` forgets it.
     """
 
     library: bool = True
@@ -32,6 +34,7 @@ class Settings:
     schedules: int = 1
     arch: str | None = None
     cuda_graphs: bool = False
+    freeze: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None, also: Sequence[str] = ()) -> Settings:
@@ -68,8 +71,6 @@ def tf32_allowed() -> bool:
 
     Dynamo compiles again when the answer changes.
     """
-    import torch  # here, for the cache and the command line start without it
-
     import torch  # here, for the cache and the command line start without it
 
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

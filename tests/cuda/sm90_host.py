@@ -10,6 +10,8 @@ from typing import Any
 import simt
 import torch
 
+from fusewright.ir.encoding import Halves
+
 SHARED_LIMIT = 232448
 
 # The headline's epilogue, with its constants as arguments so that factor = slope = 1 shows the bare sums.
@@ -39,15 +41,13 @@ SPLIT = """
 #include "split_f16.cuh"
 using Split = fusewright::SplitF16<{planes}>;
 extern "C" __global__ void __launch_bounds__(Split::kThreads)
-split(const float* __restrict__ x, int64_t row_stride, int64_t rows, int64_t columns, __half* __restrict__ planes,
-      int64_t plane_row_stride, int64_t plane_stride, const int* exponent, uint32_t* row_magnitudes,
-      uint32_t* column_magnitudes) {{
-    Split::run<true>({{x, row_stride, rows, columns}}, {{planes, plane_row_stride, plane_stride}}, exponent,
-                     row_magnitudes, column_magnitudes);
+sample(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length, int* halves, int* samples) {{
+    Split::sample({{x, stride, lines, length, halves}}, samples);
 }}
-extern "C" __global__ void __launch_bounds__(1024)
-choose_exponent(const uint32_t* __restrict__ magnitudes, int64_t count, int* exponent) {{
-    fusewright::SplitExponent::run(magnitudes, count, exponent);
+extern "C" __global__ void __launch_bounds__(Split::kThreads)
+split(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length, int* halves,
+      const int* __restrict__ samples, int64_t count) {{
+    Split::split({{x, stride, lines, length, halves}}, samples, int(count), blockIdx.x, gridDim.x);
 }}
 """
 
@@ -62,16 +62,17 @@ using Simt = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::
 static_assert(Simt::kThreads == {_SIMT.threads} && Simt::kSharedBytes == {_SIMT.shared_bytes});
 extern "C" __global__ void __launch_bounds__(Simt::kThreads, Simt::kBlocksPerMultiprocessor)
 patch(const float* __restrict__ a, int64_t a_row_stride, const float* __restrict__ b, int64_t b_column_stride,
-      int64_t M, int64_t N, int64_t K, const uint32_t* a_magnitudes, const int* exponent_a,
-      const uint32_t* b_magnitudes, const int* exponent_b, const float* __restrict__ bias, Out* __restrict__ out,
-      float factor, float slope) {{
+      int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
+      const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
     // The tile that GemmSimt gives to this block.
     const int rows = int((M + 127) / 128), columns = int((N + 127) / 128);
     const int group = blockIdx.x / (Simt::kGroupM * columns), within = blockIdx.x % (Simt::kGroupM * columns);
     const int height = min(Simt::kGroupM, rows - group * Simt::kGroupM);
     const int64_t m = int64_t(group * Simt::kGroupM + within % height) * 128, n = int64_t(within / height) * 128;
-    if (fusewright::split_tile_out_of_range(a_magnitudes, m, min(m + 128, M), *exponent_a, b_magnitudes, n,
-                                            min(n + 128, N), *exponent_b))
+    const auto x = fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true);
+    const auto y = fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true);
+    const int64_t tile = m / 128 * columns + n / 128;
+    if (fusewright::split_tile_out_of_range(x, m, min(m + 128, M), y, n, min(n + 128, N), lost + 8 * tile))
         Simt::run(a, a_row_stride, 1, b, 1, b_column_stride, M, N, K, Epilogue{{bias, out, N, factor, slope}});
 }}
 """
@@ -127,24 +128,10 @@ extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
 gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, int64_t M,
      int64_t N, int64_t K, const int* __restrict__ exponent_a, const int* __restrict__ exponent_b,
      const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
-    Gemm::run({{a, b, M, N, K, exponent_a, exponent_b}}, Epilogue{{bias, out, N, factor, slope}});
+    Gemm::run({{a, b, M, N, K, {{exponent_a, nullptr}}, {{exponent_b, nullptr}}}},
+              Epilogue{{bias, out, N, factor, slope}});
 }}
 """
-
-    @property
-    def registers_shared_bytes(self) -> int:
-        """As `GemmSm90Registers::kSharedBytes`."""
-        stage = 2 * self.tile[0] * 128 + (2 if self.products == 3 else 1) * self.tile[1] * 128
-        return self.stages * stage + 8 * 32 * 20 * 4 + 2 * self.stages * 8 + 1024
-
-    def registers_source(self) -> str:
-        """The same around `GemmSm90Registers`: A is float32, and the result is transposed."""
-        source = (
-            self.source().replace("gemm_sm90.cuh", "gemm_sm90_registers.cuh").replace("GemmSm90<", "GemmSm90Registers<")
-        )
-        source = source.replace(str(self.shared_bytes), str(self.registers_shared_bytes))
-        source = source.replace("exponent_b,\n", "exponent_b, uint32_t* magnitudes,\n")
-        return source.replace("exponent_b}, Epilogue{bias, out, N,", "exponent_b}, magnitudes, Epilogue{bias, out, M,")
 
     def debug(self) -> GemmConfig:
         """The same, where a barrier that never completes traps and says so."""
@@ -272,37 +259,53 @@ class Gemm:
 
 
 class Split:
-    """Splits float32 [rows, columns] into fp16 planes [planes, rows, columns], rows padded to 8 elements."""
+    """Splits float32 [lines, length] into fp16 halves, in one buffer (`fusewright.ir.encoding`)."""
 
     def __init__(self, cubin: bytes, planes: int) -> None:
         self.planes = planes
-        self.kernel, self.exponent_kernel = Kernel(cubin, "split"), Kernel(cubin, "choose_exponent")
+        self.sample, self.split = Kernel(cubin, "sample"), Kernel(cubin, "split")
+        self.blocks = 8 * torch.cuda.get_device_properties(0).multi_processor_count
 
-    def buffers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns planes, row and column magnitudes."""
-        rows, columns = x.shape
-        storage = torch.empty(max(self.planes, 1), rows, -(-columns // 8) * 8, dtype=torch.float16, device=x.device)
-        zeros = [torch.zeros(n, dtype=torch.int32, device=x.device) for n in (rows, columns)]
-        return storage[:, :, :columns], zeros[0], zeros[1]
+    def buffers(self, x: torch.Tensor) -> Halved:
+        layout = Halves(*x.shape, self.planes)
+        words = torch.full((layout.words,), -1, dtype=torch.int32, device=x.device)
+        return Halved(layout, words, torch.zeros(self.blocks, dtype=torch.int32, device=x.device))
 
-    def run(
-        self,
-        x: torch.Tensor,
-        planes: torch.Tensor,
-        exponent: torch.Tensor,
-        rows: torch.Tensor,
-        columns: torch.Tensor | None,
-    ) -> None:
-        """Launches; `rows` and `columns` collect the magnitudes."""
+    def run(self, x: torch.Tensor, halved: Halved, look: bool = True) -> None:
+        """look: at a sample, or else use the exponent of the call before."""
+        matrix = [x, x.stride(0), *x.shape, halved.words]
+        if look:
+            self.sample.launch((self.blocks, 1), 256, [*matrix, halved.samples])
         strips = -(-x.shape[1] // 512)
-        fill = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-        grid = (strips, max(1, min(-(-x.shape[0] // 8), fill // strips)))
-        self.kernel.launch(
-            grid,
-            256,
-            [x, x.stride(0), *x.shape, planes, planes.stride(1), planes.stride(0), exponent, rows, columns],
-        )
+        deep = max(1, min(-(-x.shape[0] // 8), self.blocks // strips))
+        self.split.launch((strips * deep, 1), 256, [*matrix, halved.samples, self.blocks])
 
-    def choose_exponent(self, magnitudes: torch.Tensor, exponent: torch.Tensor) -> None:
-        """Launches the choice of the next exponent."""
-        self.exponent_kernel.launch((1, 1), 1024, [magnitudes, magnitudes.numel(), exponent])
+
+@dataclass
+class Halved:
+    """What a split made: views of `words`."""
+
+    layout: Halves
+    words: torch.Tensor
+    samples: torch.Tensor
+
+    @property
+    def data(self) -> torch.Tensor:
+        """fp16 [planes, lines, length]."""
+        h = self.layout
+        planes = self.words.view(torch.float16)[: h.planes * h.plane].view(h.planes, h.lines, h.padded)
+        return planes[:, :, : h.length]
+
+    @property
+    def lines(self) -> torch.Tensor:
+        """The magnitudes of lines, as bits; likewise `columns`."""
+        start = self.layout.planes * self.layout.plane // 2
+        return self.words[start : start + self.layout.lines]
+
+    @property
+    def columns(self) -> torch.Tensor:
+        return self.words[-1 - self.layout.length : -1]
+
+    @property
+    def exponent(self) -> torch.Tensor:
+        return self.words[-1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from fusewright import compiler
 from fusewright.capture.backend import decompositions
 from fusewright.capture.fx import from_fx
+from fusewright.capture.joint import partition_joint
 from fusewright.kernels.choose import candidates
+from fusewright.kernels.gemm_sm90 import HalfProducts
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import GpuTarget
 
@@ -33,20 +36,42 @@ TF32_TOLERANCE = 5e-4
 SHAPES = [(8, 8, 136), (304, 520, 1000), (1000, 3000, 136), (4104, 2056, 136)]
 
 
+class Always(HalfProducts):
+    """Reads halves wherever it can, whatever would be faster."""
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0
+
+    def split(self, elements: float) -> float:
+        return 0.0
+
+
 def sm90(function: Callable[..., Any], tf32: bool = False, tile: str | None = None) -> Callable[..., Any]:
-    """`function` with every product by the family (in tiles of `tile`), whatever would be faster."""
+    """`function` with every product by the family (in tiles of `tile`), in forward and backward."""
     target, device = GpuTarget.of(torch.device("cuda")), torch.device("cuda", 0)
+    always = Always(target.chip, tf32, library=False)
 
-    def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        plan = compiler.plan(from_fx(module))
-        found = candidates(plan, target.chip, library=False, tensor_maps=True, tf32=tf32)
-        programs = {}
-        for region in plan.regions:
-            of_family = [p for p in found[region.name] if p.family == "gemm_sm90" and tile in (None, p.variant)]
-            programs[region.name] = of_family[0] if region.gemm else found[region.name][0]
-        return make_boxed_func(Executable(plan, programs, target, device))
+    def compiler_of(capabilities: HalfProducts | None) -> Callable[..., Any]:
+        def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            plan = compiler.plan(from_fx(module), (), capabilities)
+            found = candidates(plan, target.chip, library=False, tensor_maps=True)
+            programs = {name: several[0] for name, several in found.items()}
+            for region in plan.regions:
+                if region.gemm:
+                    of_family = (p for p in found[region.name] if p.family == "gemm_sm90")
+                    programs[region.name] = next(p for p in of_family if tile in (None, p.variant))
+            return make_boxed_func(Executable(plan, programs, target, device))
 
-    return aot_function(function, fw_compiler=compile_fx, decompositions=decompositions())
+        return compile_fx
+
+    return aot_function(
+        function,
+        fw_compiler=compiler_of(None),
+        bw_compiler=compiler_of(None),
+        inference_compiler=compiler_of(always),
+        partition_fn=partial(partition_joint, capabilities=always),
+        decompositions=decompositions(),
+    )
 
 
 def headline_of(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:

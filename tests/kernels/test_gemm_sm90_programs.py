@@ -11,10 +11,12 @@ import torch.nn.functional as F
 
 from fusewright.chip import CHIPS
 from fusewright.codegen.launch import LaunchSpec, TensorMapArg
-from fusewright.fusion.plan import FusionPlan, Region
+from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
+from fusewright.ir.encoding import Halves
 from fusewright.kernels.base import Program, Refused
 from fusewright.kernels.choose import candidates, contenders
-from fusewright.kernels.gemm_sm90 import GemmSm90
+from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
+from fusewright.kernels.split_f16 import encode_program
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
 from graphs import planned
 
@@ -23,8 +25,15 @@ HALVES = (torch.bfloat16, torch.float16)
 M, N, K = 136, 264, 200
 
 
-def plan_of(function: Callable[..., Any], *inputs: torch.Tensor) -> FusionPlan:
-    call, record = planned(function)
+class Always(HalfProducts):
+    """Reads halves wherever it can, whatever would be faster."""
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0
+
+
+def plan_of(function: Callable[..., Any], *inputs: torch.Tensor, tf32: bool = False) -> FusionPlan:
+    call, record = planned(function, Always(H200, tf32, library=False))
     call(*inputs)
     return record.plans[0]
 
@@ -33,16 +42,16 @@ def operand(rows: int, columns: int, transposed: bool, dtype: torch.dtype) -> to
     return torch.randn(columns, rows, dtype=dtype).T if transposed else torch.randn(rows, columns, dtype=dtype)
 
 
-def product(dtype: torch.dtype, majors: str = "KK", m: int = M, n: int = N, k: int = K) -> Region:
+def product(dtype: torch.dtype, majors: str = "KK", m: int = M, n: int = N, k: int = K, tf32: bool = False) -> Region:
     """(x · wᵀ + bias) · 2 through a LeakyReLU; majors: of x and w."""
     x, w = operand(m, k, majors[0] == "M", dtype), operand(n, k, majors[1] == "M", dtype)
     bias = torch.randn(n, dtype=dtype)
-    (region,) = plan_of(lambda x, w, b: F.leaky_relu(F.linear(x, w, b) * 2, 0.1), x, w, bias).regions
+    (region,) = plan_of(lambda x, w, b: F.leaky_relu(F.linear(x, w, b) * 2, 0.1), x, w, bias, tf32=tf32).regions
     return region
 
 
-def best(region: Region, tf32: bool = False) -> Program:
-    return GemmSm90(tf32).programs(region, H200)[0]
+def best(region: Region) -> Program:
+    return GemmSm90().programs(region, H200)[0]
 
 
 def check_compiles(launch: LaunchSpec) -> None:
@@ -69,19 +78,46 @@ def test_16_bit_operands_are_copied_as_they_lie(dtype: torch.dtype, majors: str)
 
 @pytest.mark.parametrize("majors", ["KK", "MM"])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_float32_operands_are_split_measured_and_patched(tf32: bool, majors: str) -> None:
-    program = best(product(torch.float32, majors, k=203), tf32)
-    kernels = [launch.kernel for launch in program.launches]
-    split = "split_by_row" if majors == "KK" else "split_by_column"
-    assert kernels[:4] == ["split_sample", "split_exponents", split, split] and kernels[5].endswith("_patch")
-    workspaces = {w.name: w for w in program.workspaces}
+def test_float32_products_read_halves_and_are_patched(tf32: bool, majors: str) -> None:
+    region = product(torch.float32, majors, k=203, tf32=tf32)
+    program = best(region)
+    assert [launch.kernel for launch in program.launches] == [region.name, f"{region.name}_patch"]
+    a, b = (arg for arg in program.launches[0].args if isinstance(arg, TensorMapArg))
     planes = 1 if tf32 else 2
-    assert workspaces["a_planes"].shape == ((planes, M, 208) if majors == "KK" else (planes, 203, M))
-    assert workspaces["a_magnitudes"].shape == (M,) and workspaces["b_magnitudes"].shape == (N,)
-    product_source = program.launches[4].source
-    assert f"kProducts = {1 if tf32 else 3}" in product_source and "kScaled = true" in product_source
+    assert a.dims == ((203, M, planes) if majors == "KK" else (M, 203, planes))
+    assert b.dims == ((203, N, planes) if majors == "KK" else (N, 203, planes))
+    assert a.strides[0] == (208 if majors == "KK" else M)
+    tile_m, tile_n, _ = map(int, program.variant.split("×"))
+    assert [w.shape for w in program.workspaces] == [(-(-M // tile_m) * -(-N // tile_n) * 8,)]
+    source = program.launches[0].source
+    assert f"kProducts = {1 if tf32 else 3}" in source and "kScaled = true" in source
     for launch in program.launches:
         check_compiles(launch)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_encodings_of_a_step_are_two_launches(count: int, planes: int) -> None:
+    matrices = tuple(Matrix(f"x{i}", torch.float32, (M, K), (K, 1)) for i in range(count))
+    results = tuple(Encoded(f"halves{i}", Halves(M, K, planes)) for i in range(count))
+    program = encode_program(Encode("encode", matrices, results), H200)
+    assert len(program.launches) == 2
+    for launch in program.launches:
+        check_compiles(launch)
+
+
+def test_float32_products_that_are_not_split_are_left_to_others() -> None:
+    call, record = planned(lambda x, w: x @ w)
+    call(torch.randn(M, K), torch.randn(K, N))
+    refused = GemmSm90().supports(record.plans[0].regions[0], H200)
+    assert isinstance(refused, Refused) and "not split" in refused.reason
+
+
+def test_what_is_split_competes_only_among_what_reads_halves() -> None:
+    plan = plan_of(lambda x, w: x @ w, torch.randn(M, K), torch.randn(K, N), tf32=True)
+    found = candidates(plan, H200, library=True, tensor_maps=True)
+    assert {p.family for p in found[plan.regions[0].name]} == {"gemm_sm90"}
+    assert [len(found[e.name]) for e in plan.encodes] == [1]
 
 
 @pytest.mark.parametrize("tile", range(3))
@@ -114,7 +150,6 @@ def test_the_saved_mask_of_a_training_forward() -> None:
 @pytest.mark.parametrize(
     ("region", "reason"),
     [
-        (lambda: product(torch.float32, k=96), "fewer than 128"),
         (lambda: product(torch.bfloat16, k=32), "fewer than 64"),
         (lambda: product(torch.bfloat16, k=203), "not 16-byte aligned"),
         (lambda: product(torch.float64), "torch.float64"),
@@ -131,15 +166,15 @@ def test_other_chips_are_refused() -> None:
 
 
 def test_an_operand_without_a_contiguous_dimension() -> None:
-    x = torch.randn(M, 2 * K)[:, ::2]
-    (region,) = plan_of(lambda x, w: x @ w, x, torch.randn(K, N)).regions
+    x = torch.randn(M, 2 * K, dtype=torch.bfloat16)[:, ::2]
+    (region,) = plan_of(lambda x, w: x @ w, x, torch.randn(K, N, dtype=torch.bfloat16)).regions
     refused = GemmSm90().supports(region, H200)
     assert isinstance(refused, Refused) and "contiguous" in refused.reason
 
 
 def test_only_where_launches_may_take_tensor_maps() -> None:
     call, record = planned(lambda x, w: x @ w)
-    call(torch.randn(M, K), torch.randn(K, N))
+    call(*(torch.randn(s, dtype=torch.bfloat16) for s in ((M, K), (K, N))))
     (plan,) = record.plans
     for tensor_maps in (False, True):
         (found,) = candidates(plan, H200, library=True, tensor_maps=tensor_maps).values()
@@ -154,3 +189,8 @@ def test_what_is_predicted_to_be_far_slower_is_not_measured() -> None:
     again = Program("a", region, (), cost=2.0)
     assert contenders([fast, again, slow]) == [fast]
     assert contenders([fast, Program("b", region, (), cost=2.0)])[1].family == "b"
+
+
+def test_the_best_few_tiles_of_a_family_are_measured() -> None:
+    found = GemmSm90().programs(product(torch.bfloat16, m=4096, n=4096, k=4096), H200)
+    assert len(contenders(found)) > 1

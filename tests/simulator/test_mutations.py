@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fusewright.errors import FusewrightError
+from fusewright.ir.encoding import Halves
 from fusewright.simulator.simulate import Simulator
 from fusewright.simulator.toolchain import DEVICE_CODE
 from kernels import launch
@@ -113,56 +114,58 @@ def column_sum(simulator: Simulator) -> None:
 
 
 SPLIT = '#include "split_f16.cuh"\nextern "C" __global__ void '
-MAGNITUDES = (
-    SPLIT
-    + """magnitudes(const float* x, unsigned* rows, unsigned* columns, int64_t m, int64_t n) {
-    fusewright::SplitF16<0>::run<false>({x, n, m, n}, {nullptr, 0, 0}, nullptr, rows, columns); }"""
+MATRIX = "const float* x, int64_t lines, int64_t length, int* halves"
+SAMPLE = (
+    f"{SPLIT}sample({MATRIX}, int* largest) {{"
+    "fusewright::SplitF16<2>::sample({x, length, lines, length, halves}, largest); }"
 )
-EXPONENT = (
-    SPLIT + "exponent(const unsigned* rows, int* out, int64_t n) { fusewright::SplitExponent::run(rows, n, out); }"
+HALVES = (
+    f"{SPLIT}halves({MATRIX}, const int* seen, int64_t count) {{"
+    "fusewright::SplitF16<2>::split({x, length, lines, length, halves}, seen, int(count), blockIdx.x, gridDim.x); }"
 )
 OUT_OF_RANGE = (
     SPLIT
-    + """out_of_range(const unsigned* rows, int* out, int64_t n) {
-    out[threadIdx.x] = fusewright::split_tile_out_of_range(rows, 0, n, 0, rows, 0, 0, 0); }"""
-)
-SAMPLE = (
-    SPLIT
-    + """sample(const float* x, int64_t rows, int64_t columns, unsigned* largest, unsigned* zeroed, int64_t n) {
-    fusewright::SplitSample::run(x, columns, rows, columns, largest, zeroed, n); }"""
+    + """out_of_range(const int* halves, const uint8_t* lost, int* out, int64_t n) {
+    const auto x = fusewright::SplitOperand::of(halves, {2, n, 8}, true);
+    out[threadIdx.x] = fusewright::split_tile_out_of_range(x, 0, n, x, 0, 0, lost); }"""
 )
 
 
 def split_f16(simulator: Simulator) -> None:
-    launches = [launch(MAGNITUDES, 256), launch(EXPONENT, 1024), launch(OUT_OF_RANGE, 64), launch(SAMPLE, 256)]
-    magnitudes, exponent, out_of_range, sample = simulator.load(launches, schedules=3)
-    x = torch.randn(9, 70)
-    x[4, 3] = 1000.0
-    rows, columns = torch.zeros(9, dtype=torch.int32), torch.zeros(70, dtype=torch.int32)
-    magnitudes([x, rows, columns, 9, 70], (1, 1))
-    assert torch.equal(rows.view(torch.float32), x.abs().amax(1))
-    assert torch.equal(columns.view(torch.float32), x.abs().amax(0))
-
-    many = torch.arange(1.0, 2049.0).flip(0)
-    found = torch.zeros(1, dtype=torch.int32)
-    exponent([many.view(torch.int32), found, 2048], (1,))
-    assert found.item() == 1  # 2048 · 2^1 = 2^12
-
-    many[1000] = 1e6
-    found = torch.zeros(64, dtype=torch.int32)
-    out_of_range([many.view(torch.int32), found, 2048], (1,))
-    assert found.all()
-
-    x, zeroed = torch.randn(20, 300), torch.ones(600, dtype=torch.int32)
+    launches = [launch(SAMPLE, 256), launch(HALVES, 256), launch(OUT_OF_RANGE, 64)]
+    sample, split, out_of_range = simulator.load(launches, schedules=3)
+    x, halves = torch.randn(20, 300), torch.ones(Halves(20, 300, 2).words, dtype=torch.int32)
     row, column = torch.arange(20)[:, None], torch.arange(300)
     x[3, 5], x[9, 140] = float("inf"), 50.0
     expected = [
         x.where((column // 128 == row % 8) & (row // 8 % 2 == block) & x.isfinite(), 0).abs().max() for block in (0, 1)
     ]
     sampled = torch.zeros(2, dtype=torch.int32)
-    sample([x, 20, 300, sampled, zeroed, 600], (2,))
+    sample([x, 20, 300, halves, sampled], (2,))
     assert torch.equal(sampled.view(torch.float32), torch.stack(expected)) and expected[1] == 50
-    assert not zeroed.any()
+    assert not halves[-321:-1].any() and halves[:-321].all()
+
+    x, seen = torch.randn(9, 70), torch.arange(1.0, 1001.0).flip(0)
+    x[4, 3] = 1e6
+    layout = Halves(9, 70, 2)
+    halves = torch.zeros(layout.words, dtype=torch.int32)
+    split([x, 9, 70, halves, seen.view(torch.int32), 1000], (1,))
+    assert halves[-1] == 3  # 1000 · 2^3 < 2^13
+    planes = halves[: layout.plane].view(torch.float16).view(2, 9, 72)[:, :, :70]
+    assert torch.equal(planes[0], (x * 8).half())
+    found = planes[0].double() + planes[1].double() * 2**-11
+    assert ((found - 8 * x.double()).abs() <= 8 * x.double().abs() * 2**-22).logical_or(x > 1e5).all()
+    assert torch.equal(halves[layout.plane : layout.plane + 9].view(torch.float32), x.abs().amax(1))
+    assert torch.equal(halves[-71:-1].view(torch.float32), x.abs().amax(0))
+
+    found = torch.zeros(64, dtype=torch.int32)
+    halves = torch.zeros(Halves(200, 8, 2).words, dtype=torch.int32)
+    for place, lost in ((150, 0), (None, 1)):
+        halves[200 * 8 : 200 * 9] = torch.ones(200).view(torch.int32)
+        if place is not None:
+            halves[200 * 8 + place] = torch.tensor(1e6).view(torch.int32)
+        out_of_range([halves, torch.tensor([0] * 7 + [lost], dtype=torch.uint8), found, 200], (1,))
+        assert found.all()
 
 
 RUNS: Mapping[str, Callable[[Simulator], None]] = {

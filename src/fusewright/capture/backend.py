@@ -16,8 +16,10 @@ from fusewright import compiler
 from fusewright.capture.fx import from_fx
 from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
-from fusewright.errors import MixedDevices
+from fusewright.errors import FrozenGradients, MixedDevices
 from fusewright.fusion.plan import FusionPlan
+from fusewright.ir.size import evaluate_typical
+from fusewright.kernels.choose import capabilities
 from fusewright.runtime.autotune import executable_of
 from fusewright.runtime.graphs import Replayed
 from fusewright.runtime.target import GpuTarget, SimulatorTarget, Target
@@ -26,6 +28,11 @@ from fusewright.settings import Settings, tf32_allowed
 log = logging.getLogger("fusewright")
 
 _announced: set[str] = set()
+
+_FROZEN = (
+    "freeze keeps what is made of the parameters from one call to the next, so the call cannot have gradients: "
+    "call the model under torch.no_grad(), or compile it without freeze to train it"
+)
 
 
 def fusewright(
@@ -38,7 +45,8 @@ def fusewright(
 ) -> Callable[..., Any]:
     """The Dynamo backend. options: the fields of `Settings`. check: sees each plan, and whether it is a backward's.
 
-    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, InvalidSetting, MixedDevices.
+    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, InvalidSetting, MixedDevices, and
+    FrozenGradients where `freeze` is set and gradients are asked for.
     """
     settings = Settings.of(options)
     devices = {t.device for t in _tensors(module, example_inputs) if t.dim() or t.device.type != "cpu"}
@@ -52,10 +60,20 @@ def fusewright(
         inductor = torch._dynamo.lookup_backend("inductor")
         return cast("Callable[..., Any]", inductor(module, list(example_inputs)))
     target = target_for(device, settings)
+    library = settings.library and not settings.simulate
+    products = capabilities(target.chip, library=library, tensor_maps=target.tensor_maps, tf32=tf32_allowed())
+
+    def split_joint(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        if settings.freeze:
+            raise FrozenGradients(_FROZEN)
+        return partition_joint(joint, inputs, capabilities=products, **options)
 
     def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        library = settings.library and not settings.simulate
-        built = compiler.build(from_fx(graph), target, device, library=library, tf32=tf32_allowed())
+        # What a joint graph's products read was decided before it was split.
+        chosen = None if RESULTS in graph.meta or is_backward(graph) else products
+        kept = stationary(graph) if settings.freeze else ()
+        built = compiler.build(from_fx(graph), target, device, library=library, capabilities=chosen, kept=kept)
+        _tell_kept(executable_of(built).plan)
         if check is not None:
             check(executable_of(built).plan, is_backward(graph))
         run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS)) if settings.cuda_graphs else built
@@ -67,7 +85,7 @@ def fusewright(
         fw_compiler=compile_fx,
         bw_compiler=compile_fx,
         inference_compiler=compile_fx,
-        partition_fn=partition_joint,
+        partition_fn=split_joint,
         decompositions=decompositions(),
     )(module, example_inputs)
     return compiled
@@ -110,7 +128,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
             aten.mse_loss,
             aten.mse_loss_backward,
             aten.smooth_l1_loss,
-            aten.smooth_l1_loss_backward,
             aten.huber_loss,
             aten.huber_loss_backward,
             aten.glu,
@@ -132,6 +149,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _tensors(module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[torch.Tensor]:
     values = [*example_inputs, *module.parameters(), *module.buffers()]
     return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _tell_kept(plan: FusionPlan) -> None:
+    kept = [r.halves for e in plan.encodes if e.kept for r in e.results]
+    if kept:
+        size = sum(int(evaluate_typical(h.words)) * 4 for h in kept)
+        log.warning("freeze: keeps %d bytes on the device, for %d parameters, beside the parameters", size, len(kept))
 
 
 def _announce(message: str) -> None:

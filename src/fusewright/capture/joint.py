@@ -14,6 +14,7 @@ from torch._functorch import partitioners
 from fusewright.capture.fx import IRCall, from_fx
 from fusewright.ir.graph import Graph, Node, TensorType
 from fusewright.passes import pipeline
+from fusewright.passes.format import Capabilities, encode_operands
 from fusewright.passes.training import partition
 
 # In the `meta` of a forward module: how many of its outputs are the caller's; those after them are saved for backward.
@@ -21,12 +22,22 @@ RESULTS = "fusewright_results"
 
 
 def partition_joint(
-    joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
+    joint: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    num_fwd_outputs: int,
+    capabilities: Capabilities | None = None,
+    **options: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """AOTAutograd's `partition_fn`: rewrites the joint graph, then splits it. Returns (forward, backward)."""
+    """AOTAutograd's `partition_fn`: rewrites the joint graph, then splits it. Returns (forward, backward).
+
+    capabilities: products may read halves of their operands, which forward and backward share.
+    """
     placeholders = joint.graph.find_nodes(op="placeholder")
     tangents = frozenset(i for i, p in enumerate(placeholders) if "tangents" in str(p.target))
     graph = pipeline.run(from_fx(joint), pipeline.BEFORE_PARTITION)
+    if capabilities is not None:
+        graph = encode_operands(graph, capabilities)
     split = partition(graph, num_fwd_outputs, tangents)
     module, nodes = _Exporter(joint).export(split.graph)
     forward, backward = partitioners._extract_fwd_bwd_modules(

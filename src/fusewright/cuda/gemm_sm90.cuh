@@ -11,6 +11,7 @@
 // to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
 #pragma once
 #include "sm90.cuh"
+#include "split_f16.cuh"
 #include "vector.cuh"
 
 namespace fusewright {
@@ -31,7 +32,7 @@ template <class Config> struct GemmSm90 {
     static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
     static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
-    static constexpr bool kThreeProducts = Config::kProducts == 3;
+    static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
 
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kConsumerWarps = 4 * kConsumers;
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 that each thread starts with
@@ -55,9 +56,8 @@ template <class Config> struct GemmSm90 {
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
-        const int *exponent_a, *exponent_b;        // s, where kScaled
-        uint32_t* row_magnitudes = nullptr;        // largest |a| of every row and |b| of every column, as bits: if
-        const uint32_t* column_magnitudes = nullptr;  // given, rows of lost bits are marked (see mark_lost_rows)
+        SplitOperand split_a, split_b;  // where kScaled
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost_rows)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -95,6 +95,7 @@ template <class Config> struct GemmSm90 {
         __device__ int first_row() const { return group_start() + in_group() % group_rows(); }
         __device__ int m() const { return (first_row() * kCluster + int(blockIdx.x % kCluster)) * kTileM; }
         __device__ int n() const { return in_group() / group_rows() * kTileN; }
+        __device__ int64_t tile() const { return int64_t(m() / kTileM) * columns + n() / kTileN; }
 
       private:
         __device__ int group_start() const { return index / (Config::kGroup * columns) * Config::kGroup; }
@@ -187,7 +188,12 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, group, operands.k_tiles());
             else
                 compute(sums, ring, memory, group, operands.k_tiles());
-            finish(sums, operands, memory, tiles.m() + group * kBlocksM * 64, tiles.n(), epilogue);
+            const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
+            if constexpr (kScaled) {
+                if (operands.lost) note_lost_rows(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
+                undo_scale(sums, operands);
+            }
+            finish(sums, operands, memory, m, n, epilogue);
         }
     }
 
@@ -290,10 +296,6 @@ template <class Config> struct GemmSm90 {
     template <class Epilogue>
     __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        if constexpr (Config::kScaled) {
-            if (operands.row_magnitudes) mark_lost_rows(sums, operands, m, n);
-            undo_scale(sums, operands);
-        }
         const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
         if (row + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
             turn<true>(sums, operands, memory, row, n, epilogue);
@@ -347,12 +349,14 @@ template <class Config> struct GemmSm90 {
 
     // Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
     // products of larger operands, unless each large one meets a small one. Then all of a row's sums are small beside
-    // what such roundings, multiplied by the largest operands, may add up to. Such a row is marked as out of range, so
-    // that the patch computes it again. A row of zeros is taken for what it seems.
-    __device__ __forceinline__ static void mark_lost_rows(const Sums& sums, const Operands& operands, int m, int n) {
+    // what such roundings, multiplied by the largest operands, may add up to. A warp with such a row says so, and the
+    // patch computes the tile again. A row of zeros is taken for what it seems.
+    __device__ __forceinline__ static void note_lost_rows(const Sums& sums, const Operands& operands, int m, int n,
+                                                          uint8_t* lost_by_warp) {
         constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
         const int lane = threadIdx.x % 32, warp_row = m + uniform(threadIdx.x / 32 % 4) * 16 + lane / 4;
-        const float scale_a = power_of_two(*operands.exponent_a), scale_b = power_of_two(*operands.exponent_b);
+        const float scale_a = split_scale(*operands.split_a.exponent), scale_b = split_scale(*operands.split_b.exponent);
+        bool lost = false;
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
@@ -368,35 +372,34 @@ template <class Config> struct GemmSm90 {
                 const float rarely = 0x1p17f * kPerOperand, depth = float(operands.K);
                 const bool exists = row < operands.M && largest > 0;
                 if (!__any_sync(~0u, exists && largest * largest < depth * rarely * rarely)) continue;
-                const uint32_t found = exists ? operands.row_magnitudes[row] : 0;
                 // What is out of range by itself is computed again anyway.
-                const float a = fminf(__uint_as_float(found) * scale_a, 0x1p16f);
+                const int found = exists ? operands.split_a.magnitudes[row] : 0;
+                const float a = fminf(__int_as_float(found) * scale_a, 0x1p16f);
                 const float b = fminf(__uint_as_float(largest_column(operands, n)) * scale_b, 0x1p16f);
                 const float least = (a + b) * kPerOperand;
-                if (exists && lane % 4 == 0 && largest * largest < depth * least * least)
-                    operands.row_magnitudes[row] = 0x7fffffff;
+                lost |= exists && largest * largest < depth * least * least;
             }
+        lost = __any_sync(~0u, lost);
+        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
     }
 
     // The largest magnitude of the tile's columns, for a warp together.
     __device__ __forceinline__ static uint32_t largest_column(const Operands& operands, int n) {
         uint32_t largest = 0;
         for (int column = n + threadIdx.x % 32; column < min(int64_t(n + kTileN), operands.N); column += 32)
-            largest = max(largest, operands.column_magnitudes[column]);
+            largest = max(largest, uint32_t(operands.split_b.magnitudes[column]));
         return __reduce_max_sync(~0u, largest);
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.
     __device__ __forceinline__ static void undo_scale(Sums& sums, const Operands& operands) {
-        const int exponent = -(*operands.exponent_a + *operands.exponent_b);
-        const float half = power_of_two(exponent / 2), rest = power_of_two(exponent - exponent / 2);
+        const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
+        const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
             for (int i = 0; i < kSums; ++i) sums[block][i] = sums[block][i] * half * rest;
     }
-
-    __device__ __forceinline__ static float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
     // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.
     __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(~0u, x, 0); }

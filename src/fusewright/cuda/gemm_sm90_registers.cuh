@@ -5,7 +5,6 @@
 // transposed product, and the epilogue is called with (row, feature) as ever.
 #pragma once
 #include "gemm_sm90.cuh"
-#include "split_f16.cuh"
 
 namespace fusewright {
 
@@ -121,7 +120,7 @@ template <class Config> struct GemmSm90Registers {
         const int group = Gemm::uniform(threadIdx.x / 128) - 1, warp = Gemm::uniform(threadIdx.x / 32) - 4;
         const int first = group * 64 + warp % 4 * 16, lane = threadIdx.x % 32;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
-            Source source{first * 128, lane, split_scale(*operands.exponent_a), {}};
+            Source source{first * 128, lane, split_scale(*operands.split_a.exponent), {}};
             float sums[1][kSums];
             if constexpr (kThreeProducts)
                 compute_three_products(sums[0], ring, memory, source, operands.k_tiles());

@@ -1,8 +1,8 @@
 // Splits float32 into fp16 halves for the tensor cores: x·2^s = hi + lo·2^-11, to 22 bits and more (hi 11, lo 11).
 //
-// s, an exponent for the whole tensor, is read from device memory: it was chosen from a look at a sample of the tensor,
-// with room above. What the halves cannot hold is told by the magnitudes that this pass leaves behind: the bits of the
-// largest |x| of every row and of every column, where infinity and NaN are the largest of all.
+// s, an exponent for the whole matrix, is chosen from a look at a sample of the matrix in the launch before, with room
+// above. What the halves cannot hold is told by the magnitudes that the split leaves behind: the bits of the largest |x|
+// of every line and of every column, where infinity and NaN are the largest of all.
 #pragma once
 #include <cuda_fp16.h>
 #include "vector.cuh"
@@ -17,91 +17,181 @@ __device__ __forceinline__ float split_scale(int exponent) { return __int_as_flo
 
 // Whether a row or column whose largest magnitude has these bits is beyond the halves at exponent s, or so far below
 // that they lose bits of all of it: its products must be computed in float32.
-__device__ __forceinline__ bool split_out_of_range(uint32_t magnitude, int exponent) {
-    const float scaled = __uint_as_float(magnitude) * split_scale(exponent);
+__device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) {
+    const float scaled = __int_as_float(magnitude) * split_scale(exponent);
     return magnitude != 0 && !(scaled >= 0x1p-14f && scaled < 65520.0f);  // 65520 rounds to infinity; NaN fails too
 }
 
-// Scan, then patch: whether a tile of a product holds a row or a column that is out of range. The patch is a launch of
-// the float32 kernel on the same grid of tiles in which each block asks this first, and leaves at once where all is well.
-// All threads of a block call it together. magnitudes: by row of the result, and by column, of the operand that has them.
-__device__ __forceinline__ bool split_tile_out_of_range(const uint32_t* row_magnitudes, int64_t first_row,
-                                                        int64_t last_row, int row_exponent,
-                                                        const uint32_t* column_magnitudes, int64_t first_column,
-                                                        int64_t last_column, int column_exponent) {
-    bool found = false;
-    for (int64_t i = first_row + threadIdx.x; i < last_row; i += blockDim.x)
-        found |= split_out_of_range(row_magnitudes[i], row_exponent);
-    for (int64_t i = first_column + threadIdx.x; i < last_column; i += blockDim.x)
-        found |= split_out_of_range(column_magnitudes[i], column_exponent);
+// Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
+// 16 bytes, then the magnitudes of lines and of columns, then s. ir/encoding.py has the same arithmetic.
+struct SplitLayout {
+    int planes;
+    int64_t lines, length;  // elements of a line are consecutive
+
+    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
+    __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
+    __device__ int64_t exponent() const { return column_magnitudes() + length; }
+};
+
+// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product.
+struct SplitOperand {
+    const int *exponent, *magnitudes;
+
+    // by_line: the product's rows (or columns) are the lines of the matrix that was split.
+    __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
+        return {halves + layout.exponent(), halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes())};
+    }
+    __device__ __forceinline__ bool out_of_range(int64_t i) const { return split_out_of_range(magnitudes[i], *exponent); }
+};
+
+// Scan, then patch: whether a tile of a product holds a row of a or a column of b that is out of range, or one of the
+// eight warps that computed it lost bits. The patch is a launch of the float32 kernel in which each block asks this
+// first, and leaves at once where all is well. All threads of a block call it together.
+__device__ __forceinline__ bool split_tile_out_of_range(const SplitOperand& a, int64_t first_row, int64_t last_row,
+                                                        const SplitOperand& b, int64_t first_column,
+                                                        int64_t last_column, const uint8_t* lost) {
+    bool found = *reinterpret_cast<const uint64_t*>(lost) != 0;
+    for (int64_t i = first_row + threadIdx.x; i < last_row; i += blockDim.x) found |= a.out_of_range(i);
+    for (int64_t i = first_column + threadIdx.x; i < last_column; i += blockDim.x) found |= b.out_of_range(i);
     return __syncthreads_or(found);
 }
 
-// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision), 0 only measures.
+// A float32 matrix and the buffer for its halves.
+struct SplitMatrix {
+    const float* x;
+    int64_t stride, lines, length;  // stride: elements from line to line
+    int* halves;
+
+    // Whether a line can be read 16 bytes at a time.
+    __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
+};
+
+// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision).
 template <int kPlanes> struct SplitF16 {
-    // A warp takes kBlockColumns of a row at a time, a block kWarps rows, all of the same columns.
+    // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
     static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
     static constexpr int kStride = 32 * kVector, kBlockColumns = kVectors * kStride;
 
-    struct Tensor {
-        const float* x;  // [rows, columns]
-        int64_t row_stride, rows, columns;
-    };
-    struct Planes {
-        __half* hi;  // [rows, columns], rows 8-byte aligned; lo lies plane_stride elements on
-        int64_t row_stride, plane_stride;
-    };
+    __device__ __forceinline__ static SplitLayout layout(const SplitMatrix& m) { return {kPlanes, m.lines, m.length}; }
 
-    // Grid: (columns / kBlockColumns, at most rows / kWarps), rounded up: enough blocks to fill the chip, since each ends
-    // with atomics for its columns. Adds to magnitudes, which the caller has zeroed; either may be null.
-    // kVectorised: x and its row stride are multiples of 16 bytes.
-    template <bool kVectorised>
-    __device__ __forceinline__ static void run(const Tensor& t, const Planes& planes, const int* exponent,
-                                               uint32_t* row_magnitudes, uint32_t* column_magnitudes) {
-        const int64_t column = int64_t(blockIdx.x) * kBlockColumns + threadIdx.x % 32 * kVector;
-        const float scale = kPlanes > 0 ? split_scale(*exponent) : 1;
-        uint32_t column_max[kVectors][kVector] = {};
-        const int64_t step = int64_t(gridDim.y) * kWarps;
-        for (int64_t row = int64_t(blockIdx.y) * kWarps + threadIdx.x / 32; row < t.rows; row += step) {
-            float x[kVectors][kVector];
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i) {
-                const float* p = t.x + row * t.row_stride + column + i * kStride;
-                if constexpr (kVectorised) load_vector<kVector>(x[i], p, left(t, column, i));
-                else load<kVector>(x[i], p, 1, left(t, column, i));
-            }
-            measure(x, column_max, row_magnitudes ? row_magnitudes + row : nullptr);
-            if constexpr (kPlanes > 0)
-#pragma unroll
-                for (int i = 0; i < kVectors; ++i)
-                    write(x[i], scale, planes, row * planes.row_stride + column + i * kStride, left(t, column, i));
-        }
-        if (column_magnitudes) finish_columns(column_max, column_magnitudes, t.columns);
+    // ---- Sample: the first launch -----------------------------------------------------------------------------------
+
+    // Looks at a share of a matrix: of every line each so-manieth chunk, in the next line the chunks beside them. Writes
+    // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
+    // magnitudes that the split adds to.
+    __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
+        int* magnitudes = m.halves + layout(m).line_magnitudes();
+        const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+        for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
+        const uint32_t all = block_max(found);
+        if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
     }
 
-    // How many columns of this thread's i-th vector exist.
-    __device__ __forceinline__ static int left(const Tensor& t, int64_t column, int i) {
-        return int(max(min(t.columns - column - i * kStride, int64_t(kVector)), int64_t(0)));
+    template <bool kAligned> __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
+        // An eighth of a small matrix; of a large one less gives as many.
+        const int64_t every = m.lines * m.length > (1 << 24) ? 32 : 8, chunks = (m.length + kStride - 1) / kStride;
+        const int64_t per_line = (chunks + every - 1) / every, units = m.lines * per_line;
+        const int64_t warps = int64_t(gridDim.x) * kWarps;
+        uint32_t largest = 0;
+#pragma unroll 4
+        for (int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; unit < units; unit += warps) {
+            const int64_t line = unit / per_line, chunk = unit % per_line * every + line % every;
+            const int64_t column = chunk * kStride + threadIdx.x % 32 * kVector;
+            float x[kVector];
+            read<kAligned>(x, m, line, column);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                const uint32_t magnitude = __float_as_uint(x[i]) & 0x7fffffff;
+                if (magnitude < 0x7f800000) largest = max(largest, magnitude);
+            }
+        }
+        return largest;
+    }
+
+    // ---- Split: the second ------------------------------------------------------------------------------------------
+
+    // Block `block` of `blocks`, a multiple of the strips of kBlockColumns that a line has: enough to fill the chip, and
+    // few, since each ends with atomics for its columns. largest: what `count` blocks of the sample saw.
+    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int64_t block,
+                                                 int64_t blocks) {
+        const int exponent = choose_exponent(largest, count);
+        if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
+        if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
+        else split<false>(m, split_scale(exponent), block, blocks);
+    }
+
+    // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
+    __device__ __forceinline__ static int choose_exponent(const int* largest, int count) {
+        uint32_t m = 0;
+        for (int i = threadIdx.x; i < count; i += kThreads) m = max(m, uint32_t(largest[i]));
+        m = block_max(m);
+        return m == 0 ? 0 : max(-kSplitLimit, min(kSplitLimit, kSplitTarget - (int(m >> 23) - 127)));
+    }
+
+    template <bool kAligned>
+    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int64_t block, int64_t blocks) {
+        const SplitLayout at = layout(m);
+        const int64_t strips = (m.length + kBlockColumns - 1) / kBlockColumns, padded = at.padded();
+        const int64_t column = block % strips * kBlockColumns + threadIdx.x % 32 * kVector;
+        __half* hi = reinterpret_cast<__half*>(m.halves);
+        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + at.line_magnitudes();
+        uint32_t column_max[kVectors][kVector] = {};
+        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += blocks / strips * kWarps) {
+            float x[kVectors][kVector];
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) read<kAligned>(x[i], m, line, column + i * kStride);
+            measure(x, column_max, magnitudes + line);
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i)
+                write(x[i], scale, hi + line * padded + column + i * kStride, m.lines * padded,
+                      left(m, column + i * kStride));
+        }
+        finish_columns(column_max, magnitudes + m.lines, m.length, block % strips * kBlockColumns);
+    }
+
+    // ---- Parts ------------------------------------------------------------------------------------------------------
+
+    // How many of a vector's elements exist.
+    __device__ __forceinline__ static int left(const SplitMatrix& m, int64_t column) {
+        return int(max(min(m.length - column, int64_t(kVector)), int64_t(0)));
+    }
+
+    template <bool kAligned>
+    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, int64_t line, int64_t column) {
+        const float* p = m.x + line * m.stride + column;
+        if constexpr (kAligned) load_vector<kVector>(x, p, left(m, column));
+        else load<kVector>(x, p, 1, left(m, column));
+    }
+
+    // The largest of a block's values, for all its threads.
+    __device__ __forceinline__ static uint32_t block_max(uint32_t m) {
+        __shared__ uint32_t of_warp[kWarps];
+        m = __reduce_max_sync(~0u, m);
+        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = m;
+        __syncthreads();
+        return __reduce_max_sync(~0u, of_warp[threadIdx.x % kWarps]);
     }
 
     // Maxima of bits: for magnitudes they order as numbers do, and the order of atomics leaves no trace.
     __device__ __forceinline__ static void measure(const float (&x)[kVectors][kVector],
-                                                   uint32_t (&column_max)[kVectors][kVector], uint32_t* row_magnitude) {
-        uint32_t row_max = 0;
+                                                   uint32_t (&column_max)[kVectors][kVector], uint32_t* line_magnitude) {
+        uint32_t line_max = 0;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
                 const uint32_t magnitude = __float_as_uint(x[i][j]) & 0x7fffffff;
                 column_max[i][j] = max(column_max[i][j], magnitude);
-                row_max = max(row_max, magnitude);
+                line_max = max(line_max, magnitude);
             }
-        row_max = __reduce_max_sync(~0u, row_max);
-        if (threadIdx.x % 32 == 0 && row_magnitude && row_max) atomicMax(row_magnitude, row_max);
+        line_max = __reduce_max_sync(~0u, line_max);
+        if (threadIdx.x % 32 == 0 && line_max) atomicMax(line_magnitude, line_max);
     }
 
-    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, const Planes& planes,
-                                                 int64_t offset, int count) {
+    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, int64_t plane,
+                                                 int count) {
         alignas(8) __half hi[kVector], lo[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -109,13 +199,13 @@ template <int kPlanes> struct SplitF16 {
             hi[i] = __float2half_rn(scaled);
             lo[i] = __float2half_rn(__fsub_rn(scaled, __half2float(hi[i])) * 0x1p11f);
         }
-        store_vector<kVector>(planes.hi + offset, hi, count);
-        if constexpr (kPlanes == 2) store_vector<kVector>(planes.hi + planes.plane_stride + offset, lo, count);
+        store_vector<kVector>(p, hi, count);
+        if constexpr (kPlanes == 2) store_vector<kVector>(p + plane, lo, count);
     }
 
     // The block's warps meet in shared memory, so that each column costs a block one atomic.
     __device__ __forceinline__ static void finish_columns(const uint32_t (&column_max)[kVectors][kVector],
-                                                          uint32_t* column_magnitudes, int64_t columns) {
+                                                          uint32_t* column_magnitudes, int64_t columns, int64_t first) {
         __shared__ uint32_t largest[kBlockColumns];
         for (int i = threadIdx.x; i < kBlockColumns; i += kThreads) largest[i] = 0;
         __syncthreads();
@@ -125,60 +215,8 @@ template <int kPlanes> struct SplitF16 {
             for (int j = 0; j < kVector; ++j)
                 atomicMax(&largest[i * kStride + threadIdx.x % 32 * kVector + j], column_max[i][j]);
         __syncthreads();
-        for (int i = threadIdx.x; i < kBlockColumns; i += kThreads) {
-            const int64_t column = int64_t(blockIdx.x) * kBlockColumns + i;
-            if (column < columns && largest[i]) atomicMax(column_magnitudes + column, largest[i]);
-        }
-    }
-};
-
-// Looks at an eighth of a tensor before it is split: of every row each eighth chunk, in the next row the chunks beside
-// them. Writes the bits of each block's largest finite magnitude, and zeroes the magnitudes that the split adds to.
-struct SplitSample {
-    static constexpr int kThreads = 256, kWarps = kThreads / 32, kChunk = 128, kEvery = 8;
-
-    // Grid: x blocks.
-    __device__ __forceinline__ static void run(const float* x, int64_t row_stride, int64_t rows, int64_t columns,
-                                               uint32_t* largest, uint32_t* magnitudes, int64_t magnitude_count) {
-        const int64_t threads = int64_t(gridDim.x) * kThreads;
-        for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < magnitude_count; i += threads) magnitudes[i] = 0;
-
-        uint32_t m = 0;
-        for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; row < rows; row += int64_t(gridDim.x) * kWarps)
-            for (int64_t first = row % kEvery * kChunk; first < columns; first += kEvery * kChunk)
-#pragma unroll
-                for (int i = 0; i < kChunk; i += 32) {
-                    const int64_t column = first + i + threadIdx.x % 32;
-                    const float value = column < columns ? x[row * row_stride + column] : 0;
-                    const uint32_t magnitude = __float_as_uint(value) & 0x7fffffff;
-                    if (magnitude < 0x7f800000) m = max(m, magnitude);
-                }
-        __shared__ uint32_t of_warp[kWarps];
-        m = __reduce_max_sync(~0u, m);
-        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = m;
-        __syncthreads();
-        if (threadIdx.x >= 32) return;
-        m = __reduce_max_sync(~0u, threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0);
-        if (threadIdx.x == 0) largest[blockIdx.x] = m;
-    }
-};
-
-// Chooses s from magnitudes: those of a sample's blocks, or of all rows (or columns) of a tensor that was measured whole.
-// One block of 1024 threads. Infinity and NaN have no say.
-struct SplitExponent {
-    static constexpr int kThreads = 1024;
-
-    __device__ __forceinline__ static void run(const uint32_t* magnitudes, int64_t count, int* exponent) {
-        __shared__ uint32_t largest[kThreads / 32];
-        uint32_t m = 0;
-        for (int64_t i = threadIdx.x; i < count; i += kThreads)
-            if (magnitudes[i] < 0x7f800000) m = max(m, magnitudes[i]);
-        m = __reduce_max_sync(~0u, m);
-        if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = m;
-        __syncthreads();
-        if (threadIdx.x >= 32) return;
-        m = __reduce_max_sync(~0u, largest[threadIdx.x]);
-        if (threadIdx.x == 0) *exponent = m == 0 ? 0 : max(-kSplitLimit, min(kSplitLimit, kSplitTarget - (int(m >> 23) - 127)));
+        for (int i = threadIdx.x; i < kBlockColumns; i += kThreads)
+            if (first + i < columns && largest[i]) atomicMax(column_magnitudes + first + i, largest[i]);
     }
 };
 

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from fusewright.fusion.levels import Decisions, Levels
 from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Refusal, Step, View
 from fusewright.fusion.regions import RegionBuilder, Retry
-from fusewright.ir.graph import Graph, Node, Origin, Output, contiguous
+from fusewright.ir.graph import Graph, Node, Origin, Output, base_of, contiguous
 from fusewright.ir.size import Size, evaluate_typical, same
 
 _LONGEST_NAME = 60
 
 
-def fuse(graph: Graph, names: Sequence[str | None] = ()) -> FusionPlan:
+def fuse(graph: Graph, names: Sequence[str | None] = (), kept: Collection[Node] = ()) -> FusionPlan:
     """Groups the graph's operators into regions; what no region can hold becomes a fallback with its reason.
 
-    names: what to call the buffers of the graph's inputs, where they should not be numbered.
+    names: what to call the buffers of the graph's inputs, where they should not be numbered. kept: the inputs whose
+    encodings are kept from one call to the next.
     """
     decisions = Decisions()
     while True:
         try:
-            return _Planner(graph, decisions, names).plan()
+            return _Planner(graph, decisions, names, kept).plan()
         except Retry:
             continue
 
@@ -32,8 +33,9 @@ def fuse(graph: Graph, names: Sequence[str | None] = ()) -> FusionPlan:
 class _Planner:
     """One attempt at a plan."""
 
-    def __init__(self, graph: Graph, decisions: Decisions, names: Sequence[str | None]) -> None:
+    def __init__(self, graph: Graph, decisions: Decisions, names: Sequence[str | None], kept: Collection[Node]) -> None:
         self.graph = graph
+        self.kept = kept
         self.input_names = dict(zip(graph.inputs, names, strict=False))
         self.decisions = decisions
         self.levels = Levels(graph, decisions)
@@ -45,7 +47,8 @@ class _Planner:
         self.regions = RegionBuilder(self.levels, decisions, self.buffers)
 
     def plan(self) -> FusionPlan:
-        steps = [*self.fallbacks(), *self.fused()]
+        # Encodings come last: `ordered` then places each just before what reads it, so that it does not live longer.
+        steps = [*self.fallbacks(), *self.fused(), *self.encodes()]
         outputs = tuple(self.output(o) for o in self.graph.outputs)
         return FusionPlan(
             inputs=tuple(self.argument(n) for n in self.graph.inputs),
@@ -65,9 +68,11 @@ class _Planner:
         return Buffer(name, t.shape, stride, t.dtype, t.device)
 
     def buffer_name(self, node: Node) -> str:
-        """x, mask, out or t (for temporaries), numbered from the second of its kind on; temporaries always."""
+        """x, mask, halves, out or t (for temporaries), numbered from the second of its kind on; temporaries always."""
         returned = {self.levels.base(o) for o in self.graph.outputs if o is not None}
-        prefix = {"input": "x", "pack_bits": "mask"}.get(node.op, "out" if node in returned else "t")
+        prefix = {"input": "x", "pack_bits": "mask", "encode": "halves"}.get(
+            node.op, "out" if node in returned else "t"
+        )
         taken = {b.name for b in self.buffers.values()} | {n for n in self.input_names.values() if n}
         numbered = (f"{prefix}{n or ''}" for n in itertools.count(1 if prefix in ("t", "x") else 0))
         return next(name for name in numbered if name not in taken)
@@ -115,7 +120,7 @@ class _Planner:
     def fused(self) -> list[Step]:
         at: dict[int, list[Node]] = {}
         for node in self.graph.nodes():
-            if node in self.decisions.left or node.op in ("input", "aten", "item"):
+            if node in self.decisions.left or node.op in ("input", "aten", "item", "encode"):
                 continue
             if node in self.levels.home:
                 at.setdefault(self.levels.home[node], []).append(node)
@@ -128,6 +133,18 @@ class _Planner:
             else:
                 steps += self.pointwise(sinks)
         return steps
+
+    def encodes(self) -> Iterator[Step]:
+        """One step for what each product is the first to read encoded; what is kept between calls has its own."""
+        made: set[Node] = set()
+        products = [e.product for _, e in sorted(self.levels.epilogues.items())]
+        for sources in (*(p.inputs[2:] for p in products), self.graph.nodes()):
+            new = [n for n in dict.fromkeys(sources) if n.op == "encode" and n not in made]
+            made.update(new)
+            kept = [n for n in new if base_of(n.inputs[0]) in self.kept]
+            for group in ([n for n in new if n not in kept], *([n] for n in kept)):
+                if group:
+                    yield self.regions.encode(group, self.unique("encode"), group[0] in kept)
 
     def pointwise(self, sinks: Sequence[Node]) -> list[Step]:
         """One region for each shape among the sinks of a level; sums over other dimensions are apart."""
@@ -147,11 +164,14 @@ class _Planner:
         name = "_".join(dict.fromkeys(words)) or "copy"
         if len(name) > _LONGEST_NAME:
             name = f"{words[0]}_to_{words[-1]}_{len(words)}_operators"
-        unique, n = f"fused_{name}", 2
-        while unique in self.names:
-            unique, n = f"fused_{name}_{n}", n + 1
-        self.names.add(unique)
-        return unique
+        return self.unique(f"fused_{name}")
+
+    def unique(self, name: str) -> str:
+        found, n = name, 2
+        while found in self.names:
+            found, n = f"{name}_{n}", n + 1
+        self.names.add(found)
+        return found
 
     def ordered(self, steps: Sequence[Step]) -> tuple[Step, ...]:
         """Steps so that every buffer is written before it is read."""

@@ -148,6 +148,10 @@ class Levels:
             return self._fresh()
         if node.op in ("input", "size", "constant"):
             return FREE
+        if node.op == "encode":
+            self.materialise(node.inputs[0])
+            self.materialised.add(node)
+            return self._fresh()
         if node.op == "matmul":
             for source in node.inputs:
                 self.materialise(source)

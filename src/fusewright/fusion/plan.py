@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusewright.fusion.expression import Access, Load, Sink, Store, walk
+from fusewright.ir.encoding import Halves
 from fusewright.ir.graph import Node, Origin
 from fusewright.ir.size import Size, product
 
@@ -50,12 +51,25 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """An operand's fp16 halves in `buffer`. transposed: the operand is the transpose of the matrix that they hold."""
+
+    buffer: str
+    halves: Halves
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Gemm:
-    """The anchor of a region that is a product: a [M, K] times b [K, N], summed in `accumulator`."""
+    """The anchor of a region that is a product: a [M, K] times b [K, N], summed in `accumulator`.
+
+    encoded: the halves of a and b, where it is to be computed by them.
+    """
 
     a: Matrix
     b: Matrix
     accumulator: torch.dtype
+    encoded: tuple[Encoded, Encoded] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,8 @@ class Region:
 
     def reads(self) -> list[str]:
         matrices = [self.gemm.a.buffer, self.gemm.b.buffer] if self.gemm else []
-        return list(dict.fromkeys([*matrices, *(a.buffer for a in self.accesses())]))
+        halves = [e.buffer for e in self.gemm.encoded or ()] if self.gemm else []
+        return list(dict.fromkeys([*matrices, *halves, *(a.buffer for a in self.accesses())]))
 
     def writes(self) -> list[str]:
         return [s.access.buffer for s in self.sinks]
@@ -93,6 +108,30 @@ class Region:
     @property
     def operators(self) -> list[str]:
         return [o.name for o in self.origins]
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Splits float32 matrices, whose lines are contiguous, into fp16 halves: `results`, one for each matrix.
+
+    kept: the matrix is a parameter whose halves are kept from one call to the next.
+    """
+
+    name: str
+    matrices: tuple[Matrix, ...]
+    results: tuple[Encoded, ...]
+    kept: bool = False
+    origins: tuple[Origin, ...] = ()
+
+    def reads(self) -> list[str]:
+        return list(dict.fromkeys(m.buffer for m in self.matrices))
+
+    def writes(self) -> list[str]:
+        return [r.buffer for r in self.results]
+
+    @property
+    def operators(self) -> list[str]:
+        return [f"encode {m.buffer}" for m in self.matrices]
 
 
 @dataclass(frozen=True)
@@ -122,7 +161,7 @@ class Fallback:
         return [o.name for o in self.origins]
 
 
-Step = Region | Fallback
+Step = Region | Encode | Fallback
 
 
 @dataclass(frozen=True)
@@ -146,6 +185,10 @@ class FusionPlan:
     @property
     def regions(self) -> tuple[Region, ...]:
         return tuple(s for s in self.steps if isinstance(s, Region))
+
+    @property
+    def encodes(self) -> tuple[Encode, ...]:
+        return tuple(s for s in self.steps if isinstance(s, Encode))
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from fusewright.fusion.expression import Access, Accumulator, Apply, Constant, Expression, Load, Sink, Store, walk
-from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Matrix, Region, View
+from fusewright.fusion.plan import Buffer, Encode, Fallback, FusionPlan, Matrix, Region, View
 from fusewright.ir import reference
 from fusewright.ir.primitives import PRIMITIVES
 from fusewright.ir.size import Size, evaluate
@@ -32,6 +32,8 @@ def run(plan: FusionPlan, arguments: Sequence[Any], *, widen: bool) -> list[Any]
     for step in plan.steps:
         if isinstance(step, Region):
             evaluation.region(step)
+        elif isinstance(step, Encode):
+            evaluation.encode(step)
         else:
             evaluation.fallback(step)
     return [evaluation.output(o) for o in plan.outputs]
@@ -111,6 +113,12 @@ class _Evaluation:
             values[expression] = self.expression(expression, values, region, shape)
         for sink in region.sinks:
             self.sink(sink, values[sink.value].expand(shape))
+
+    def encode(self, step: Encode) -> None:
+        """As in `ir.reference`: nothing here reads the halves, for a product is that of its operands."""
+        for name in step.writes():
+            self.allocate(name)
+            self.memory[name].zero_()
 
     def fallback(self, step: Fallback) -> None:
         inputs = [

@@ -19,7 +19,8 @@ from fusewright.fusion.expression import (
 )
 from fusewright.fusion.index import Dim, Map, NotAffine, Space, axis_strides, source_map, with_splits
 from fusewright.fusion.levels import Decisions, Levels
-from fusewright.fusion.plan import Buffer, Gemm, Matrix, Region, View
+from fusewright.fusion.plan import Buffer, Encode, Encoded, Gemm, Matrix, Region, View
+from fusewright.ir.encoding import Halves
 from fusewright.ir.graph import VIEWS, Node, Origin, contiguous
 from fusewright.ir.size import Size, evaluate_typical, product, same
 
@@ -49,12 +50,32 @@ class RegionBuilder:
         rows, column = space.leaves(0), space.leaves(1)
         placed = [(s, maps[s.inputs[0] if s.op == "pack_bits" else s]) for s in sinks]
         layout = self._layout(space, [[*rows], [*column]], placed, epilogue.product)
-        gemm = Gemm(
-            self.matrix(epilogue.product.inputs[0]),
-            self.matrix(epilogue.product.inputs[1]),
-            epilogue.product.tensor.dtype,
-        )
+        a, b = (self.matrix(i) for i in epilogue.product.inputs[:2])
+        gemm = Gemm(a, b, epilogue.product.tensor.dtype, self._encoded(epilogue.product))
         return self._region(space, layout, placed, epilogue.product, gemm, name)
+
+    def _encoded(self, product_node: Node) -> tuple[Encoded, Encoded] | None:
+        operands, encodings = product_node.inputs[:2], product_node.inputs[2:]
+        if not encodings:
+            return None
+        a, b = (
+            Encoded(self.buffers[e].name, Halves.of(_turned(o.tensor.shape, t), product_node.attribute("planes")), t)
+            for o, e, t in zip(operands, encodings, product_node.attribute("transposed"), strict=True)
+        )
+        return a, b
+
+    def encode(self, nodes: Sequence[Node], name: str, kept: bool) -> Encode:
+        """One step that encodes the inputs of `nodes`."""
+        matrices = tuple(self.matrix(n.inputs[0]) for n in nodes)
+        for node, matrix in zip(nodes, matrices, strict=True):
+            if not same(matrix.stride[1], 1):
+                self.decisions.copied[node.inputs[0]] = "halves are made of contiguous lines"
+                raise Retry
+        results = tuple(
+            Encoded(self.buffers[n].name, Halves.of(m.shape, n.attribute("planes")))
+            for n, m in zip(nodes, matrices, strict=True)
+        )
+        return Encode(name, matrices, results, kept)
 
     def pointwise_region(
         self, shape: Sequence[Size], sinks: Sequence[Node], name: Callable[[Sequence[Origin]], str]
@@ -315,6 +336,10 @@ def _run(space: Space, axis: int, strides: dict[int, Size]) -> Size:
         if not same(strides.get(outer, 0), strides.get(inner, 0) * space.sizes[inner]):
             raise NotAffine("a dimension is not one run of memory")
     return strides.get(leaves[-1], 0) if leaves else 0
+
+
+def _turned(shape: Sequence[Size], transposed: bool) -> Sequence[Size]:
+    return shape[::-1] if transposed else shape
 
 
 def _bit_strides(stride: Sequence[Size]) -> tuple[Size, ...]:

@@ -59,6 +59,11 @@ def _matmul(node: Node, x: Any, size: Any, dtype_of: Any) -> Any:
     return x[0].to(dtype) @ x[1].to(dtype)
 
 
+def _encode(node: Node, x: Any, size: Any, dtype_of: Any) -> Any:
+    """Nothing but a product's kernel reads it; the reference of a product reads its operands."""
+    return torch.zeros(_shape(node, size), dtype=node.tensor.dtype, device=x[0].device)
+
+
 def _sum(node: Node, x: Any, size: Any, dtype_of: Any) -> Any:
     dims = node.attribute("dims")
     return x[0].sum(dims, dtype=dtype_of(node.tensor.dtype)) if dims else x[0]
@@ -86,6 +91,7 @@ _APPLY: dict[str, Callable[..., Any]] = {
     "expand": lambda node, x, size, _: x[0].expand(_shape(node, size)),
     "slice": _slice,
     "matmul": _matmul,
+    "encode": _encode,
     "sum": _sum,
     "pack_bits": lambda node, x, size, _: pack_bits(x[0]),
     "unpack_bits": lambda node, x, size, _: unpack_bits(x[0], size(node.attribute("columns"))),

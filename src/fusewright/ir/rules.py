@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from fusewright.ir.graph import Graph, Node
+from fusewright.ir.encoding import Halves
+from fusewright.ir.graph import Graph, Node, untransposed
 from fusewright.ir.primitives import PRIMITIVES
 from fusewright.ir.size import product, same
 
@@ -77,8 +78,43 @@ def _slice(node: Node) -> str | None:
 
 
 def _matmul(node: Node) -> str | None:
-    (m, k), (k2, n) = (i.tensor.shape for i in node.inputs)
-    return None if same(k, k2) and node.tensor.shape == (m, n) else "inner dimensions differ"
+    operands, encodings = node.inputs[:2], node.inputs[2:]
+    (m, k), (k2, n) = (i.tensor.shape for i in operands)
+    if not same(k, k2) or node.tensor.shape != (m, n):
+        return "inner dimensions differ"
+    if not encodings:
+        return None
+    if len(encodings) != 2:
+        return "one operand is encoded, the other is not"
+    for operand, encoding, transposed in zip(operands, encodings, node.attribute("transposed"), strict=True):
+        broken = _encodes(encoding, operand, transposed, node.attribute("planes"))
+        if broken is not None:
+            return broken
+    return None
+
+
+def _encodes(encoding: Node, operand: Node, transposed: bool, planes: int) -> str | None:
+    """An encoding that is an input of the graph is known by its size alone, where that is a number."""
+    lines, length = reversed(operand.tensor.shape) if transposed else operand.tensor.shape
+    found, wanted = encoding.tensor.shape[0], Halves(lines, length, planes).words
+    if isinstance(found, int) and isinstance(wanted, int) and found != wanted:
+        return "an encoding has another size than its operand's"
+    if encoding.op != "encode":
+        return None
+    source, turned = untransposed(encoding.inputs[0])
+    base, other = untransposed(operand)
+    if base is not source or (turned != other) != transposed:
+        return "an encoding is not of its operand"
+    return None if encoding.attribute("planes") == planes else "an encoding has another number of planes"
+
+
+def _encode(node: Node) -> str | None:
+    source = node.inputs[0].tensor
+    if source.dtype != torch.float32 or len(source.shape) != 2:
+        return "encodes something that is no float32 matrix"
+    words = Halves.of(source.shape, node.attribute("planes")).words
+    fits = node.tensor.dtype == torch.int32 and len(node.tensor.shape) == 1 and same(node.tensor.shape[0], words)
+    return None if fits else "the buffer has another type or size than the halves need"
 
 
 def _sum(node: Node) -> str | None:
@@ -105,6 +141,7 @@ _RULES: dict[str, Callable[[Node], str | None]] = {
     "reshape": _reshape,
     "permute": _permute,
     "expand": _expand,
+    "encode": _encode,
     "slice": _slice,
     "matmul": _matmul,
     "sum": _sum,

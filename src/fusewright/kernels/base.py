@@ -9,7 +9,7 @@ from typing import Protocol
 from fusewright.chip import Chip
 from fusewright.codegen.functor import Functor
 from fusewright.codegen.launch import LaunchSpec
-from fusewright.fusion.plan import Buffer, Matrix, Region, View
+from fusewright.fusion.plan import Buffer, Encode, Matrix, Region, View
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class LibraryCall:
 
 @dataclass(frozen=True)
 class Program:
-    """One way to compute a region: launches in order, and the memory they need beside the plan's buffers.
+    """One way to compute a region or an encoding: launches in order, and the memory they need besides the plan's.
 
     cost: predicted seconds, for ranking. library: runs before the launches. variant: which of its family's tiles.
     """
 
     family: str
-    region: Region
+    region: Region | Encode
     launches: tuple[LaunchSpec, ...]
     workspaces: tuple[Buffer, ...] = ()
     cost: float = 0.0

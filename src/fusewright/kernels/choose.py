@@ -10,34 +10,50 @@ from fusewright.errors import UnsupportedDtype
 from fusewright.fusion.plan import FusionPlan, Region
 from fusewright.kernels.base import Family, Program, Refused
 from fusewright.kernels.gemm_simt import GemmSimt
-from fusewright.kernels.gemm_sm90 import GemmSm90
+from fusewright.kernels.gemm_sm90 import ARCH, GemmSm90, HalfProducts
 from fusewright.kernels.library import Library
 from fusewright.kernels.pointwise import Pointwise
+from fusewright.kernels.split_f16 import encode_program
+from fusewright.passes.format import Capabilities
 
 # Those whose launches run everywhere: on the GPU, in the simulator and in written files.
 PORTABLE: tuple[Family, ...] = (GemmSimt(), Pointwise())
 
-# A program that is predicted to take this many times the best one's time is not worth measuring.
-_HOPELESS = 3.0
+# A program that is predicted to take this many times the best one's time is not worth measuring; nor is another of its
+# family that is predicted to take so many times the family's best, or comes after so many.
+_HOPELESS, _CLOSE, _FEW = 3.0, 1.25, 3
+
+
+def capabilities(chip: Chip, *, library: bool, tensor_maps: bool = False, tf32: bool = False) -> Capabilities | None:
+    """What the format stage may count on; None where no product reads halves. The arguments are as for `candidates`.
+
+    tf32: float32 products need no more than TF32's precision.
+    """
+    return HalfProducts(chip, tf32, library) if tensor_maps and chip.arch == ARCH else None
 
 
 def candidates(
-    plan: FusionPlan, chip: Chip, *, library: bool, tensor_maps: bool = False, tf32: bool = False
+    plan: FusionPlan, chip: Chip, *, library: bool, tensor_maps: bool = False
 ) -> Mapping[str, Sequence[Program]]:
-    """Every region's programs by its name, our own best first; library: torch's products compete as the last one.
-
-    tensor_maps: launches may take tensor maps. tf32: float32 products need no more than TF32's precision.
+    """The programs of every region and encoding by its name, our own best first; library: torch's products compete as
+    the last one. tensor_maps: launches may take tensor maps.
     """
-    families: Sequence[Family] = (GemmSm90(tf32), *PORTABLE) if tensor_maps else PORTABLE
-    return {region.name: _programs(region, chip, families, library) for region in plan.regions}
+    families: Sequence[Family] = (GemmSm90(), *PORTABLE) if tensor_maps else PORTABLE
+    found: dict[str, Sequence[Program]] = {step.name: [encode_program(step, chip)] for step in plan.encodes}
+    for region in plan.regions:
+        # The format stage has decided for halves: what does not read them does not compete.
+        encoded = region.gemm is not None and region.gemm.encoded is not None
+        found[region.name] = _programs(region, chip, (GemmSm90(),) if encoded else families, library and not encoded)
+    return found
 
 
 def contenders(found: Sequence[Program]) -> list[Program]:
-    """Of a region's programs those to be measured: each family's best, the library's included."""
-    best: dict[str, Program] = {}
+    """Of a region's programs those to be measured: each family's best few, and the library's."""
+    by_family: dict[str, list[Program]] = {}
     for program in found:
-        best.setdefault(program.family, program)
-    return [p for p in best.values() if p.library or p.cost <= _HOPELESS * found[0].cost]
+        by_family.setdefault(program.family, []).append(program)
+    close = [p for several in by_family.values() for p in several[:_FEW] if p.cost <= _CLOSE * several[0].cost]
+    return [p for p in close if p.library or p.cost <= _HOPELESS * found[0].cost]
 
 
 def _programs(region: Region, chip: Chip, own: Sequence[Family], library: bool) -> list[Program]:

@@ -1,24 +1,26 @@
 """Products on Hopper's tensor cores: bf16 and fp16, and float32 by products of fp16 halves, with any epilogue.
 
-16-bit operands are copied to shared memory as they lie. float32 operands are split first (`split_f16`): into two halves
-whose three products give float32's accuracy (F16x3), or, where torch's flags allow TF32, into one of TF32's precision
-(F16x1). Tiles with rows or columns that the halves cannot hold are then computed again on the CUDA cores; the host is
-not told and does not wait.
+16-bit operands are copied to shared memory as they lie. float32 operands are read as halves (`split_f16`), where the
+format stage had them made: two halves whose three products give float32's accuracy (F16x3), or, where torch's flags
+allow TF32, one of TF32's precision (F16x1). Tiles with rows or columns that the halves cannot hold are then computed
+again on the CUDA cores; the host is not told and does not wait.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
 
 from fusewright.chip import Chip
 from fusewright.codegen.functor import functor
-from fusewright.codegen.launch import Arg, LaunchSpec, SizeArg
+from fusewright.codegen.launch import Arg, LaunchSpec, Size, SizeArg
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
-from fusewright.fusion.plan import Region
+from fusewright.fusion.plan import Gemm, Region
 from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels import gemm_simt
 from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
@@ -26,11 +28,11 @@ from fusewright.kernels.gemm_simt import blocks, gemm_launch
 from fusewright.kernels.split_f16 import (
     Operand,
     SplitOperand,
-    exponents,
+    lost_arg,
+    lost_flags,
     patch_guard,
     smaller,
-    split_launches,
-    workspaces,
+    split_seconds,
 )
 
 ARCH = "sm_90a"
@@ -39,6 +41,8 @@ _LINE = 8  # elements: bulk copies want lines at multiples of 16 bytes
 _LEAST_K = {1: 64, 3: 128}  # by products: below, plain float32 is as fast or more accurate
 _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69)
 
+# Shares of their peak rates that torch's products reach, for comparison.
+_TF32, _FP32 = 0.85, 0.72
 # Seconds, for ranking: what a launch adds, and what an epilogue of 128 × 256 that overlaps with nothing does.
 _LAUNCH, _EPILOGUE = 3e-6, 2e-6
 
@@ -71,9 +75,6 @@ TILES = {
 
 @dataclass(frozen=True)
 class GemmSm90:
-    """tf32: torch's flags allow float32 products of TF32's precision."""
-
-    tf32: bool = False
     name: str = "gemm_sm90"
 
     def supports(self, region: Region, chip: Chip) -> Refused | None:
@@ -84,28 +85,66 @@ class GemmSm90:
             return Refused(self.name, f"needs the tensor cores of {ARCH}")
         if gemm.a.dtype != gemm.b.dtype or gemm.accumulator != torch.float32:
             return Refused(self.name, f"operands of {gemm.a.dtype} and {gemm.b.dtype}, summed in {gemm.accumulator}")
-        least = _LEAST_K[self.products(region)]
-        if evaluate_typical(gemm.a.shape[1]) < least:
-            return Refused(self.name, f"sums of fewer than {least} products")
+        if gemm.encoded:
+            return None
+        if gemm.a.dtype == torch.float32:
+            return Refused(self.name, "float32 operands that are not split into halves")
+        if evaluate_typical(gemm.a.shape[1]) < _LEAST_K[1]:
+            return Refused(self.name, f"sums of fewer than {_LEAST_K[1]} products")
         for operand in (Operand("a", gemm.a), Operand("b", gemm.b)):
             if operand.major == "Strided":
                 return Refused(self.name, f"operand {operand.name} has no contiguous dimension")
-            if gemm.a.dtype != torch.float32 and not _copies_in_bulk(operand):
+            if not _copies_in_bulk(operand):
                 return Refused(self.name, f"lines of operand {operand.name} are not 16-byte aligned")
         return None
 
     def programs(self, region: Region, chip: Chip) -> Sequence[Program]:
         gemm = region.gemm
         assert gemm is not None
-        products = self.products(region)
-        make = _split_program if gemm.a.dtype == torch.float32 else _direct_program
-        programs = [make(self.name, region, tile, products, chip) for tile in TILES[products]]
+        make = _split_program if gemm.encoded else _direct_program
+        programs = [make(self.name, region, tile, chip) for tile in TILES[_products(gemm)]]
         return sorted(programs, key=lambda p: p.cost)
 
-    def products(self, region: Region) -> int:
-        """How many products of halves make one of the operands'."""
-        assert region.gemm is not None
-        return 3 if region.gemm.a.dtype == torch.float32 and not self.tf32 else 1
+
+@dataclass(frozen=True)
+class HalfProducts:
+    """What float32 products gain from halves on a chip, as `passes.format` asks.
+
+    tf32: torch's flags allow TF32's precision. library: torch's products would compute what is not split.
+    """
+
+    chip: Chip
+    tf32: bool
+    library: bool
+
+    @property
+    def planes(self) -> int:
+        return 1 if self.tf32 else 2
+
+    @property
+    def products(self) -> int:
+        return 1 if self.tf32 else 3
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        if k < _LEAST_K[self.products]:
+            return -math.inf
+        return self._otherwise(m, n, k) - min(
+            _seconds(m, n, k, tile, self.products, self.chip) + _LAUNCH for tile in TILES[self.products]
+        )
+
+    def split(self, elements: float) -> float:
+        return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
+
+    def _otherwise(self, m: float, n: float, k: float) -> float:
+        """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own."""
+        tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 and self.library else (64, self.chip.fp32 * _FP32)
+        waves = math.ceil(math.ceil(m / tile) * math.ceil(n / tile) / self.chip.multiprocessors)
+        return waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors)
+
+
+def _products(gemm: Gemm) -> int:
+    """How many products of halves make one of the operands'."""
+    return 3 if gemm.encoded and gemm.encoded[0].halves.planes == 2 else 1
 
 
 def _copies_in_bulk(operand: Operand) -> bool:
@@ -113,78 +152,87 @@ def _copies_in_bulk(operand: Operand) -> bool:
     return stride != 0 and divides(_LINE, stride) is not None
 
 
-def _direct_program(family: str, region: Region, tile: Tile, products: int, chip: Chip) -> Program:
+def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
     """16-bit operands as they lie."""
     gemm = region.gemm
     assert gemm is not None
-    launch = _launch(region, tile, products, Operand("a", gemm.a), Operand("b", gemm.b), chip)
-    return Program(family, region, (launch,), cost=_seconds(region, tile, products, chip), variant=str(tile))
+    launches = [_launch(region, tile, Operand("a", gemm.a), Operand("b", gemm.b), chip)]
+    if not isinstance(gemm.a.shape[1], int):  # a sum of nothing: there are no maps of empty tensors
+        empty = gemm_launch(region, _PATCH)
+        launches.append(replace(empty, grid=(empty.grid[0] * (1 - sympy.Min(gemm.a.shape[1], 1)), 1, 1)))
+    return Program(family, region, tuple(launches), cost=_region_seconds(region, tile, chip), variant=str(tile))
 
 
-def _split_program(family: str, region: Region, tile: Tile, products: int, chip: Chip) -> Program:
-    """float32 operands: sample, choose scales, split, multiply, patch."""
+def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
+    """float32 operands by their halves: multiply, patch."""
     gemm = region.gemm
-    assert gemm is not None
-    planes = 2 if products == 3 else 1
-    a, b = SplitOperand("a", gemm.a, planes), SplitOperand("b", gemm.b, planes)
-    launches = (
-        *split_launches(a, b, chip),
-        _launch(region, tile, products, a, b, chip),
-        gemm_launch(region, _PATCH, guard=patch_guard(a, b, _PATCH.tile_m, _PATCH.tile_n)),
-    )
-    seconds = _seconds(region, tile, products, chip) + a.seconds(chip) + b.seconds(chip) + _LAUNCH * (len(launches) - 1)
-    return Program(family, region, launches, tuple(workspaces((a, b), chip)), seconds, variant=str(tile))
+    assert gemm is not None and gemm.encoded is not None
+    a, b = (SplitOperand(n, m, e) for n, m, e in zip("ab", (gemm.a, gemm.b), gemm.encoded, strict=True))
+    # Of few products only float32 sums are accurate enough; of none there is nothing to split.
+    least = _LEAST_K[3] if _products(gemm) == 3 else 1
+    guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least)
+    launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
+    seconds = _region_seconds(region, tile, chip) + _LAUNCH
+    workspaces = (lost_flags(blocks(a.extent, tile.m) * blocks(b.extent, tile.n)),)
+    return Program(family, region, launches, workspaces, seconds, variant=str(tile))
 
 
-def _launch(
-    region: Region, tile: Tile, products: int, a: Operand, b: Operand, chip: Chip, wide: bool = True
-) -> LaunchSpec:
+def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide: bool = True) -> LaunchSpec:
     """The product itself. wide: the epilogue uses accesses of several elements, for which pointers must be aligned."""
     gemm = region.gemm
     assert gemm is not None
-    vector, split = _vector(region), [o for o in (a, b) if isinstance(o, SplitOperand)]
+    vector, products = _vector(region), _products(gemm)
     epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
     args: list[Arg] = [a.tensor_map(), b.tensor_map()]
     args += [SizeArg(s) for s in (a.extent, b.extent, gemm.a.shape[1])]
-    scales = ["nullptr", "nullptr"]
-    if split:
-        operands += ["const int* __restrict__ exponents", "uint32_t* a_magnitudes", "const uint32_t* b_magnitudes"]
-        args += [exponents(), *(o.magnitudes_arg(written=o is a) for o in split)]
-        scales = ["exponents", "exponents + 1", "a_magnitudes", "b_magnitudes"]
-    run = ["{" + ", ".join(["a", "b", "M", "N", "K", *scales]) + "}", initialiser(epilogue)]
+    passed = ["{a", "b", "M", "N", "K"]
+    for operand in (a, b):
+        if isinstance(operand, SplitOperand):
+            declaration, arg = operand.parameter()
+            operands.append(declaration)
+            args.append(arg)
+            passed.append(operand.device())
+    if gemm.encoded:
+        operands.append("uint8_t* __restrict__ lost")
+        args.append(lost_arg(True))
+        passed.append("lost")
     kernel = [
         f"// {comment(region)}",
         'extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)',
         *call(region.name, [*operands, *(p.declaration for p in epilogue.parameters)], " {"),
-        *("    " + line for line in call("Gemm::run", run, ";")),
+        *("    " + line for line in call("Gemm::run", [*passed[:-1], passed[-1] + "}", initialiser(epilogue)], ";")),
         "}",
     ]
-    tiles = blocks(a.extent, tile.m) * blocks(b.extent, tile.n)
+    element = C_TYPES[torch.float16 if gemm.encoded else gemm.a.dtype]
     return LaunchSpec(
         kernel=region.name,
         source=translation_unit(
             ("gemm_sm90.cuh", "scalar.cuh"),
             epilogue,
-            _instantiation(C_TYPES[torch.float16 if split else gemm.a.dtype], tile, products, vector, a, b),
+            _instantiation(element, tile, products, vector, a, b),
             "\n".join(kernel),
         ),
-        grid=(smaller(tiles, chip.multiprocessors), 1, 1),
+        grid=(smaller(_tiles(a, b, tile), chip.multiprocessors), 1, 1),
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=tile.shared_bytes(products, vector),
         comment=comment(region),
-        unaligned=_unaligned(region, tile, products, a, b, chip, wide and epilogue.aligned),
+        unaligned=_unaligned(region, tile, a, b, chip, wide and epilogue.aligned),
     )
 
 
-def _unaligned(
-    region: Region, tile: Tile, products: int, a: Operand, b: Operand, chip: Chip, epilogue: bool
-) -> LaunchSpec | None:
+def _tiles(a: Operand, b: Operand, tile: Tile) -> Size:
+    """How many there are; none where there is nothing to sum."""
+    k = a.matrix.shape[1]
+    return blocks(a.extent, tile.m) * blocks(b.extent, tile.n) * (1 if isinstance(k, int) else sympy.Min(k, 1))
+
+
+def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, epilogue: bool) -> LaunchSpec | None:
     """The launch for less aligned pointers: of the epilogue first, then of the operands, which needs the CUDA cores."""
     if epilogue:
-        return _launch(region, tile, products, a, b, chip, wide=False)
+        return _launch(region, tile, a, b, chip, wide=False)
     return None if isinstance(a, SplitOperand) else gemm_launch(region, _PATCH, wide=False)
 
 
@@ -206,11 +254,15 @@ def _vector(region: Region) -> int:
     return 8 if stored and max(stored) <= 2 else 4
 
 
-def _seconds(region: Region, tile: Tile, products: int, chip: Chip) -> float:
-    """Predicted: waves of tiles at the rate of the tensor cores, and each wave's epilogue."""
+def _region_seconds(region: Region, tile: Tile, chip: Chip) -> float:
     assert region.gemm is not None
     m, k = (evaluate_typical(s) for s in region.gemm.a.shape)
     n = evaluate_typical(region.gemm.b.shape[1])
+    return _seconds(m, n, k, tile, _products(region.gemm), chip)
+
+
+def _seconds(m: float, n: float, k: float, tile: Tile, products: int, chip: Chip) -> float:
+    """Predicted: waves of tiles at the rate of the tensor cores, and each wave's epilogue."""
     waves = -(-(-(-m // tile.m) * -(-n // tile.n)) // chip.multiprocessors)
     operations = 2 * tile.m * tile.n * products * TILE_K * -(-k // TILE_K)
     rate = chip.fp16 / chip.multiprocessors * tile.efficiency

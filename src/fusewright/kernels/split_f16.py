@@ -1,7 +1,7 @@
-"""float32 operands of a product as fp16 halves with one power of two each: the launches that make them.
+"""float32 matrices as fp16 halves with one power of two each: the launches that make them, and how products read them.
 
-The exponent comes from a sample of the tensor in the same call, so nothing is kept that could go stale. What lies
-beyond its range is found while splitting and told by the magnitudes of rows and columns, which the patch reads.
+The exponent comes from a sample of the matrix in the same step, so nothing is kept that could go stale. What lies
+beyond its range is found while splitting and told by the magnitudes of lines and columns, which the patch reads.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import torch
 from fusewright.chip import Chip
 from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, Size, SizeArg, TensorMapArg
 from fusewright.codegen.text import call
-from fusewright.fusion.plan import Buffer, Matrix
+from fusewright.fusion.plan import Buffer, Encode, Encoded, Matrix
 from fusewright.ir.size import evaluate_typical
-from fusewright.kernels.gemm_simt import Guard, aligned, blocks, major
+from fusewright.kernels.base import Program
+from fusewright.kernels.gemm_simt import Guard, blocks, major
 
+FAMILY = "split_f16"
 HEADER = "split_f16.cuh"
-SAMPLES, EXPONENTS = "samples", "exponents"
 PANEL = 64  # rows and 16-bit columns of one bulk copy, 128 bytes
+SAMPLES, LOST = "samples", "lost"
 
-# Of split_f16.cuh: threads of its kernels, columns and rows that a block of the split takes at a time.
-_THREADS, _EXPONENT_THREADS, _COLUMNS, _ROWS = 256, 1024, 512, 8
-_SAMPLE_BLOCKS = 8  # a multiprocessor, for each operand
-_SPLIT_BLOCKS = 8  # a multiprocessor
-_SHARE = 1 / 8  # of a tensor, in the sample
+# Of split_f16.cuh: threads of its kernels, columns and lines that a block of the split takes at a time.
+_THREADS, _COLUMNS, _LINES = 256, 512, 8
+_SAMPLE_BLOCKS = 8  # a multiprocessor, for each matrix
+_SPLIT_BLOCKS = 8  # a multiprocessor, for each matrix
+_SHARE = 1 / 8  # of a matrix, in the sample, at most
 _BANDWIDTH = 0.8  # of the chip's, that the split reaches
+_WARPS = 8  # of a product, that say whether they lost bits
 
 
 @dataclass(frozen=True)
@@ -51,197 +54,190 @@ class Operand:
         return major(self.matrix, self.k)
 
     @property
-    def axis(self) -> int:
-        """The dimension that is contiguous."""
-        return self.k if self.major == "K" else 1 - self.k
-
-    @property
     def extent(self) -> Size:
         return self.matrix.shape[1 - self.k]
 
     @property
-    def length(self) -> Size:
-        return self.matrix.shape[self.axis]
-
-    @property
-    def lines(self) -> Size:
-        return self.matrix.shape[1 - self.axis]
-
-    @property
     def line_stride(self) -> Size:
-        return self.matrix.stride[1 - self.axis]
+        return self.matrix.stride[1 - self._axis]
+
+    @property
+    def _axis(self) -> int:
+        """The dimension that is contiguous."""
+        return self.k if self.major == "K" else 1 - self.k
 
     def tensor_map(self) -> TensorMapArg:
-        """Of the 16-bit matrix itself."""
         m = self.matrix
-        return _tensor_map(m.buffer, m.dtype, self, self.line_stride, 1, m.offset)
+        return _tensor_map(
+            m.buffer, m.dtype, m.shape[self._axis], m.shape[1 - self._axis], self.line_stride, 1, m.offset
+        )
 
 
 @dataclass(frozen=True)
 class SplitOperand(Operand):
-    """A float32 operand in fp16 planes [planes, lines, length]: hi and lo, or hi alone."""
+    """A float32 operand whose halves are read in its place."""
 
-    planes: int
-
-    @property
-    def padded(self) -> Size:
-        """Elements from one line of a plane to the next: bulk copies want multiples of 16 bytes."""
-        return blocks(self.length, 8) * 8
+    encoded: Encoded
 
     @property
-    def magnitudes(self) -> str:
-        return f"{self.name}_magnitudes"
-
-    def magnitudes_arg(self, written: bool = False) -> BufferArg:
-        return BufferArg(self.magnitudes, torch.int32, written=written)
+    def major(self) -> str:
+        # Lines of `a` as it is run along K, those of its transpose along M; with `b` it is the other way round.
+        return "K" if (self.name == "a") != self.encoded.transposed else "MN"
 
     def tensor_map(self) -> TensorMapArg:
-        return _tensor_map(f"{self.name}_planes", torch.float16, self, self.padded, self.planes)
+        h = self.encoded.halves
+        return _tensor_map(self.encoded.buffer, torch.float16, h.length, h.lines, h.padded, h.planes)
 
-    def workspaces(self) -> list[Buffer]:
-        shape = (self.planes, self.lines, self.padded)
-        strides = (self.lines * self.padded, self.padded, 1)
-        return [
-            Buffer(f"{self.name}_planes", shape, strides, torch.float16, torch.device("meta")),
-            _words(self.magnitudes, self.extent),
-        ]
+    def parameter(self) -> tuple[str, Arg]:
+        return f"const int* __restrict__ {self.name}_halves", BufferArg(self.encoded.buffer, torch.int32)
 
-    def source(self, alignment: int = 1) -> list[Arg]:
-        """The float32 tensor: pointer, stride of its lines, lines, length."""
-        m = self.matrix
-        pointer = BufferArg(m.buffer, m.dtype, m.offset, False, alignment)
-        return [pointer, SizeArg(self.line_stride), SizeArg(self.lines), SizeArg(self.length)]
-
-    def seconds(self, chip: Chip) -> float:
-        """Predicted, for the sample and the split."""
-        elements = evaluate_typical(self.lines * self.length)
-        return elements * (4 * (1 + _SHARE) + 2 * self.planes) / (chip.bandwidth * _BANDWIDTH)
+    def device(self) -> str:
+        """The C++ of what a kernel knows of the operand, from the parameters `parameter` and M, N, K."""
+        extent = "M" if self.name == "a" else "N"
+        lines, length = (extent, "K") if self.major == "K" else ("K", extent)
+        layout = f"{{{self.encoded.halves.planes}, {lines}, {length}}}"
+        by_line = "true" if self.major == "K" else "false"
+        return f"fusewright::SplitOperand::of({self.name}_halves, {layout}, /*ByLine*/{by_line})"
 
 
 def _tensor_map(
-    buffer: str, dtype: torch.dtype, operand: Operand, stride: Size, planes: int, offset: Size = 0
+    buffer: str, dtype: torch.dtype, length: Size, lines: Size, stride: Size, planes: int, offset: Size = 0
 ) -> TensorMapArg:
-    dims = (operand.length, operand.lines, planes)
-    return TensorMapArg(buffer, dtype, dims, (stride, stride * operand.lines), (PANEL, PANEL, 1), 128, offset)
+    return TensorMapArg(
+        buffer, dtype, (length, lines, planes), (stride, stride * lines), (PANEL, PANEL, 1), 128, offset
+    )
 
 
-def _words(name: str, count: Size) -> Buffer:
-    return Buffer(name, (count,), (1,), torch.int32, torch.device("meta"))
+# ---- Making halves
 
 
-def workspaces(operands: Sequence[SplitOperand], chip: Chip) -> list[Buffer]:
-    shared = [_words(SAMPLES, 2 * _SAMPLE_BLOCKS * chip.multiprocessors), _words(EXPONENTS, 2)]
-    return shared + [w for o in operands for w in o.workspaces()]
+def encode_program(step: Encode, chip: Chip) -> Program:
+    """Two launches, whatever the number of matrices: a look at a sample of each, then the split of all."""
+    blocks_of_sample = _SAMPLE_BLOCKS * chip.multiprocessors
+    samples = Buffer(SAMPLES, (len(step.matrices) * blocks_of_sample,), (1,), torch.int32, torch.device("meta"))
+    launches = (_sample(step, blocks_of_sample), _split(step, blocks_of_sample, chip))
+    cost = sum(
+        split_seconds(evaluate_typical(r.halves.lines * r.halves.length), r.halves.planes, chip) for r in step.results
+    )
+    return Program(FAMILY, step, launches, (samples,), cost)
 
 
-def split_launches(a: SplitOperand, b: SplitOperand, chip: Chip) -> list[LaunchSpec]:
-    return [_sample(a, b, chip), _exponents(chip), _split(a, chip), _split(b, chip)]
+def split_seconds(elements: float, planes: int, chip: Chip) -> float:
+    """Predicted, for the sample and the split of a matrix."""
+    return elements * (4 * (1 + _SHARE) + 2 * planes) / (chip.bandwidth * _BANDWIDTH)
 
 
-def exponents(written: bool = False, operand: str = "a") -> BufferArg:
-    """The powers of two of a and b, from that of `operand` on."""
-    return BufferArg(EXPONENTS, torch.int32, "ab".index(operand), written)
+def _sample(step: Encode, count: int) -> LaunchSpec:
+    body = [
+        f"if (blockIdx.y == {i}) Split::sample({_matrix(i)}, samples + blockIdx.y * gridDim.x);"
+        for i in range(len(step.matrices))
+    ]
+    text = _text(
+        step, "sample", "Looks at a sample of each matrix, for its power of two.", ["int* __restrict__ samples"], body
+    )
+    args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32, written=True))
+    grid = (count, len(step.matrices), 1)
+    return LaunchSpec(_kernel(step, "sample"), text, grid, (_THREADS, 1, 1), args, comment="look at a sample")
 
 
-def _sample(a: SplitOperand, b: SplitOperand, chip: Chip) -> LaunchSpec:
-    text = f"""#include "{HEADER}"
+def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
+    """The matrices' blocks follow each other in one grid."""
+    counts = [_split_blocks(r, chip) for r in step.results]
+    body = ["int64_t block = blockIdx.x;"]
+    for i in range(len(counts)):
+        run = f"Split::split({_matrix(i)}, samples + {i} * samples_each, int(samples_each), block, blocks{i});"
+        last = i == len(counts) - 1
+        body += [run] if last else [f"if (block < blocks{i}) return {run}", f"block -= blocks{i};"]
+    parameters = ["const int* __restrict__ samples", "int64_t samples_each"]
+    parameters += [f"int64_t blocks{i}" for i in range(len(counts))]
+    text = _text(
+        step, "split", "float32 → fp16 halves, and the largest magnitude of every line and column.", parameters, body
+    )
+    args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32), SizeArg(count), *(SizeArg(c) for c in counts))
+    grid = (sum(counts), 1, 1)
+    return LaunchSpec(_kernel(step, "split"), text, grid, (_THREADS, 1, 1), args, comment=", ".join(step.operators))
 
-using Sample = fusewright::SplitSample;
 
-// Looks at a sample of each operand, and zeroes the magnitudes that the splits add to.
-extern "C" __global__ void __launch_bounds__(Sample::kThreads)
-split_sample(const float* __restrict__ a, int64_t a_stride, int64_t a_rows, int64_t a_columns,
-             uint32_t* __restrict__ a_magnitudes, int64_t a_extent, const float* __restrict__ b, int64_t b_stride,
-             int64_t b_rows, int64_t b_columns, uint32_t* __restrict__ b_magnitudes, int64_t b_extent,
-             uint32_t* __restrict__ samples) {{
-    if (blockIdx.y == 0)
-        Sample::run(a, a_stride, a_rows, a_columns, samples, a_magnitudes, a_extent);
-    else
-        Sample::run(b, b_stride, b_rows, b_columns, samples + gridDim.x, b_magnitudes, b_extent);
-}}
-"""
+def _split_blocks(result: Encoded, chip: Chip) -> Size:
+    strips = blocks(result.halves.length, _COLUMNS)
+    filling = blocks(_SPLIT_BLOCKS * chip.multiprocessors, strips)
+    return strips * smaller(blocks(result.halves.lines, _LINES), filling)
+
+
+def _kernel(step: Encode, part: str) -> str:
+    """Steps of as many matrices and planes share a kernel."""
+    return f"{part}_{len(step.matrices)}_f16x{step.results[0].halves.planes}"
+
+
+def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body: Sequence[str]) -> str:
+    declared = [
+        f"{kind}{i}"
+        for i in range(len(step.matrices))
+        for kind in ("const float* __restrict__ x", "int64_t stride", "int64_t lines", "int64_t length", "int* halves")
+    ]
+    return "\n".join(
+        [
+            f'#include "{HEADER}"',
+            "",
+            f"using Split = fusewright::SplitF16</*Planes*/{step.results[0].halves.planes}>;",
+            "",
+            f"// {comment}",
+            'extern "C" __global__ void __launch_bounds__(Split::kThreads)',
+            *call(_kernel(step, part), [*declared, *parameters], " {"),
+            *("    " + line for line in body),
+            "}",
+            "",
+        ]
+    )
+
+
+def _matrix(i: int) -> str:
+    return f"{{x{i}, stride{i}, lines{i}, length{i}, halves{i}}}"
+
+
+def _matrix_args(step: Encode) -> list[Arg]:
     args: list[Arg] = []
-    for operand in (a, b):
-        args += [*operand.source(), operand.magnitudes_arg(written=True), SizeArg(operand.extent)]
-    args.append(BufferArg(SAMPLES, torch.int32, written=True))
-    grid = (_SAMPLE_BLOCKS * chip.multiprocessors, 2, 1)
-    return LaunchSpec("split_sample", text, grid, (_THREADS, 1, 1), tuple(args), comment="sample the operands")
+    for matrix, result in zip(step.matrices, step.results, strict=True):
+        args.append(BufferArg(matrix.buffer, matrix.dtype, matrix.offset))
+        args += [SizeArg(s) for s in (matrix.stride[0], *matrix.shape)]
+        args.append(BufferArg(result.buffer, torch.int32, written=True))
+    return args
 
 
-def _exponents(chip: Chip) -> LaunchSpec:
-    text = f"""#include "{HEADER}"
-
-// Chooses the power of two of each operand from its sample.
-extern "C" __global__ void __launch_bounds__(fusewright::SplitExponent::kThreads)
-split_exponents(const uint32_t* __restrict__ samples, int64_t count, int* __restrict__ exponents) {{
-    fusewright::SplitExponent::run(samples + blockIdx.x * count, count, exponents + blockIdx.x);
-}}
-"""
-    args = (
-        BufferArg(SAMPLES, torch.int32),
-        SizeArg(_SAMPLE_BLOCKS * chip.multiprocessors),
-        exponents(written=True),
-    )
-    return LaunchSpec("split_exponents", text, (2, 1, 1), (_EXPONENT_THREADS, 1, 1), args, comment="choose scales")
+# ---- Scan, then patch
 
 
-def _split(operand: SplitOperand, chip: Chip, wide: bool = True) -> LaunchSpec:
-    vectorised = wide and aligned(operand.matrix, 4)
-    magnitudes = "magnitudes, nullptr" if operand.major == "K" else "nullptr, magnitudes"
-    name = "split_by_row" if operand.major == "K" else "split_by_column"
-    text = f"""#include "{HEADER}"
-
-using Split = fusewright::SplitF16</*Planes*/{operand.planes}>;
-
-// float32 → fp16 planes; leaves the largest magnitude of each {"row" if operand.major == "K" else "column"}.
-extern "C" __global__ void __launch_bounds__(Split::kThreads)
-{name}(const float* __restrict__ x, int64_t row_stride, int64_t rows, int64_t columns, __half* __restrict__ planes,
-       int64_t plane_row_stride, int64_t plane_stride, const int* __restrict__ exponent,
-       uint32_t* __restrict__ magnitudes) {{
-    Split::run</*Vectorised*/{"true" if vectorised else "false"}>(
-        {{x, row_stride, rows, columns}}, {{planes, plane_row_stride, plane_stride}}, exponent, {magnitudes});
-}}
-"""
-    strips = blocks(operand.length, _COLUMNS)
-    deep = blocks(operand.lines, _ROWS)
-    filling = (_SPLIT_BLOCKS * chip.multiprocessors + strips - 1) // strips
-    return LaunchSpec(
-        kernel=name,
-        source=text,
-        grid=(strips, smaller(deep, filling), 1),
-        block=(_THREADS, 1, 1),
-        args=(
-            *operand.source(16 if vectorised else 1),
-            BufferArg(f"{operand.name}_planes", torch.float16, written=True),
-            SizeArg(operand.padded),
-            SizeArg(operand.lines * operand.padded),
-            exponents(operand=operand.name),
-            operand.magnitudes_arg(written=True),
-        ),
-        comment=f"split {operand.name} into fp16",
-        unaligned=_split(operand, chip, wide=False) if vectorised else None,
-    )
+def lost_flags(tiles: Size) -> Buffer:
+    """Whether a warp of the product lost bits, for every tile."""
+    return Buffer(LOST, (tiles * _WARPS,), (1,), torch.uint8, torch.device("meta"))
 
 
-def patch_guard(a: SplitOperand, b: SplitOperand, tile_m: int, tile_n: int) -> Guard:
-    """Lets a block of `GemmSimt` leave unless its tile has a row or a column that the halves cannot hold."""
-    tile = call(
+def lost_arg(written: bool) -> BufferArg:
+    return BufferArg(LOST, torch.uint8, written=written)
+
+
+def patch_guard(
+    a: SplitOperand, b: SplitOperand, patch: tuple[int, int], tile: tuple[int, int], least_k: Size
+) -> Guard:
+    """Lets a block of `GemmSimt` leave unless its tile has a row or a column that the halves cannot hold.
+
+    patch, tile: rows and columns of the patch's tiles and of the product's. least_k: it stays where K is smaller.
+    """
+    lost = f"lost + {_WARPS} * (m / {tile[0]} * ((N + {tile[1] - 1}) / {tile[1]}) + n / {tile[1]})"
+    wrong = call(
         "const bool wrong = fusewright::split_tile_out_of_range",
         [
-            *("a_magnitudes", "m", f"min(m + {tile_m}, M)", "exponents[0]"),
-            *("b_magnitudes", "n", f"min(int64_t(n) + {tile_n}, N)", "exponents[1]"),
+            *(a.device(), "m", f"min(m + {patch[0]}, M)"),
+            *(b.device(), "n", f"min(int64_t(n) + {patch[1]}, N)", lost),
         ],
         ";",
     )
+    leave = "if (!wrong) return;" if isinstance(a.matrix.shape[1], int) else f"if (!wrong && K >= {least_k}) return;"
     return Guard(
         name="patch",
         header=HEADER,
-        parameters=(
-            ("const uint32_t* __restrict__ a_magnitudes", a.magnitudes_arg()),
-            ("const uint32_t* __restrict__ b_magnitudes", b.magnitudes_arg()),
-            ("const int* __restrict__ exponents", exponents()),
-        ),
-        lines=("int64_t m;", "int n;", "Gemm::locate(M, N, m, n);", *tile, "if (!wrong) return;"),
+        parameters=(a.parameter(), b.parameter(), ("const uint8_t* __restrict__ lost", lost_arg(False))),
+        lines=("int64_t m;", "int n;", "Gemm::locate(M, N, m, n);", *wrong, leave),
     )
 
 

@@ -49,9 +49,11 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node]) -> 
     early = [n for n in joint.nodes() if n not in late and n.op not in ("constant", "size")]
     needed = {i for n in joint.nodes() if n in late for i in n.inputs if i not in late}
     needed |= backward_outputs - late
+    # Encodings that only the backward reads are made there; what the forward makes is never made again.
+    late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
     for node in early:
         network.add_edge((node, "in"), (node, "out"), capacity=_cost(node))
-        if not (is_pointwise(node.op) or node.op in VIEWS or node.op == "unpack_bits"):
+        if not (is_pointwise(node.op) or node.op in VIEWS or node.op == "unpack_bits" or node in late_encodings):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         for source in node.inputs:
             if source.op not in ("constant", "size"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusewright.fusion.plan import Step
+from fusewright.fusion.plan import Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
 from fusewright.runtime.cache import Cache, fingerprint
@@ -64,7 +64,7 @@ class Tuned:
         if programs:
             winner = self._winner(step, programs, sizes, environment)
             executable.use(step.name, programs[winner])
-            log.info("%s: %s", step.name, programs[winner].family)
+            log.info("%s: %s %s", step.name, programs[winner].family, programs[winner].variant)
         for action in executable.actions(step, sizes):
             action(environment)
         return environment
@@ -81,7 +81,8 @@ class Tuned:
     def _key(self, programs: Sequence[Program], sizes: Sizes) -> str:
         # Sizes within a factor of two share a choice.
         region = programs[0].region
-        extents = [int(evaluate(s, sizes)) for s in (*region.rows, region.columns, *_depth(programs[0]))]
+        assert isinstance(region, Region), "there is one way to encode"
+        extents = [int(evaluate(s, sizes)) for s in (*region.rows, region.columns, *_depth(region))]
         return fingerprint(
             programs=[[p.family, *(launch.source for launch in p.launches)] for p in programs],
             extents=[extent.bit_length() for extent in extents],
@@ -106,7 +107,9 @@ class Tuned:
             if index == 0:
                 expected = results
             elif not all(_agrees(results[name], expected[name]) for name in results):
-                log.warning("%s: the result of %s differs and is not used", step.name, program.family)
+                log.warning(
+                    "%s: the result of %s %s is not used: it differs", step.name, program.family, program.variant
+                )
                 continue
             timed[index] = actions
         return _times(timed, environment)
@@ -116,8 +119,8 @@ def executable_of(built: Executable | Tuned) -> Executable:
     return built.executable if isinstance(built, Tuned) else built
 
 
-def _depth(program: Program) -> tuple[Any, ...]:
-    return (program.region.gemm.a.shape[1],) if program.region.gemm else ()
+def _depth(region: Region) -> tuple[Any, ...]:
+    return (region.gemm.a.shape[1],) if region.gemm else ()
 
 
 def _agrees(a: torch.Tensor, b: torch.Tensor) -> bool:

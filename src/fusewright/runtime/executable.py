@@ -15,10 +15,11 @@ import sympy
 import torch
 
 from fusewright.codegen.launch import BufferArg, LaunchSpec, TensorMapArg
-from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Matrix, Step, View
+from fusewright.fusion.plan import Buffer, Encode, Fallback, FusionPlan, Matrix, Region, Step, View
 from fusewright.ir import reference
 from fusewright.ir.size import Size, evaluate
 from fusewright.kernels.base import LibraryCall, Program
+from fusewright.runtime import frozen
 from fusewright.runtime.target import Run, Target
 
 Sizes = Mapping[sympy.Symbol, int]
@@ -103,7 +104,11 @@ class Executable:
         """What one step does at these sizes, by `program` or by the one chosen for its region."""
         if isinstance(step, Fallback):
             return [_fallback(step, self.plan.buffers, sizes)]
-        program = program or self.programs[step.name]
+        if isinstance(step, Encode) and step.kept:
+            return [_kept(step, sizes, self._actions(step, sizes, self.programs[step.name]))]
+        return self._actions(step, sizes, program or self.programs[step.name])
+
+    def _actions(self, step: Region | Encode, sizes: Sizes, program: Program) -> list[Action]:
         buffers = [self.plan.buffers[name] for name in dict.fromkeys(step.writes())]
         actions: list[Action] = [_allocate([*buffers, *program.workspaces], sizes, self.device)]
         if program.library:
@@ -222,6 +227,23 @@ def _strided(view: View | Matrix, sizes: Sizes) -> Callable[[Environment], torch
         return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
 
     return get
+
+
+def _kept(step: Encode, sizes: Sizes, make: Sequence[Action]) -> Action:
+    """Takes what an earlier call made of the same memory, if one did."""
+    (matrix,), (result,) = step.matrices, step.results
+    read = _strided(matrix, sizes)
+    layout = (_values((*matrix.shape, *matrix.stride), sizes), result.halves.planes)
+
+    def act(environment: Environment) -> None:
+        def made() -> torch.Tensor:
+            for action in make:
+                action(environment)
+            return environment[result.buffer]
+
+        environment[result.buffer] = frozen.kept(read(environment), layout, made)
+
+    return act
 
 
 def _output(output: View | Size | None, sizes: Sizes) -> Callable[[Environment], Any]:

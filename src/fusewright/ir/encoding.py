@@ -1,0 +1,50 @@
+"""fp16 halves of a float32 matrix: how the one buffer that holds them is laid out.
+
+`cuda/split_f16.cuh` has the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusewright.ir.graph import TensorType, contiguous
+from fusewright.ir.size import Size
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A float32 matrix of `lines` lines of `length` consecutive elements, as fp16 planes with a power of two in common.
+
+    planes: hi and lo, or hi alone. The buffer is made of 32-bit words, in this order: the planes, [planes, lines,
+    padded] of fp16; the bits of the largest magnitude of every line, then of every column; the exponent.
+    """
+
+    lines: Size
+    length: Size
+    planes: int
+
+    @classmethod
+    def of(cls, shape: Sequence[Size], planes: int) -> Halves:
+        lines, length = shape
+        return cls(lines, length, planes)
+
+    @property
+    def padded(self) -> Size:
+        """Elements from one line of a plane to the next: bulk copies want multiples of 16 bytes."""
+        return (self.length + 7) // 8 * 8
+
+    @property
+    def plane(self) -> Size:
+        """Elements of a plane."""
+        return self.lines * self.padded
+
+    @property
+    def words(self) -> Size:
+        return self.planes * self.lines * ((self.length + 7) // 8) * 4 + self.lines + self.length + 1
+
+    def type(self, device: torch.device) -> TensorType:
+        """Of the buffer."""
+        return contiguous((self.words,), torch.int32, device)

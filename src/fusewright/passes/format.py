@@ -1,0 +1,117 @@
+"""The format stage: which float32 matrices are split into fp16 halves for the tensor cores, for a graph as a whole.
+
+A split is shared: that of x, W or an incoming gradient serves every product that reads the matrix, either way round.
+So products and splits are chosen together. Each product saves time if both of its operands are split, each split costs
+time once, and what is to be gained most from is a closure problem: a minimum cut between products and splits (Picard,
+"Maximal Closure of a Graph and Applications to Combinatorial Problems", 1976).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import networkx
+import torch
+
+from fusewright.ir.encoding import Halves
+from fusewright.ir.graph import Builder, Graph, Node, Origin, base_of, untransposed
+from fusewright.ir.rules import check
+from fusewright.ir.size import evaluate_typical, same
+
+
+class Capabilities(Protocol):
+    """What kernels can do on a chip, as far as this stage must know."""
+
+    @property
+    def planes(self) -> int:
+        """Of a split: 2 for float32's precision, 1 where TF32's is allowed."""
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        """Seconds that a product of m × k by k × n saves where its operands are split; negative where it loses."""
+
+    def split(self, elements: float) -> float:
+        """Seconds that splitting a matrix takes."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A product's operand by the matrix that is split: `source`, lines contiguous; turned: it is the transpose."""
+
+    source: Node
+    flipped: bool  # the split matrix is itself the transpose of `source`
+    turned: bool
+
+
+def encode_operands(graph: Graph, capabilities: Capabilities, kept: Iterable[Node] = ()) -> Graph:
+    """Gives products encodings of their operands wherever that pays. kept: inputs whose splits cost nothing here."""
+    products = {node: found for node in graph.nodes() if (found := _operands(node)) is not None}
+    chosen = _choose(products, capabilities, set(kept))
+    return _rebuild(graph, {node: products[node] for node in chosen}, capabilities.planes)
+
+
+def _operands(node: Node) -> tuple[Operand, Operand] | None:
+    """The operands of a float32 product that could be split; None for any other node."""
+    if node.op != "matmul" or len(node.inputs) != 2 or any(i.tensor.dtype != torch.float32 for i in node.inputs):
+        return None
+    a, b = (_operand(i) for i in node.inputs)
+    return None if a is None or b is None else (a, b)
+
+
+def _operand(node: Node) -> Operand | None:
+    source, turned = untransposed(node)
+    sizes, (outer, inner) = source.tensor.shape, source.tensor.stride
+    if any(same(s, 1) or same(step, 0) for s, step in zip(sizes, (outer, inner), strict=True)):
+        return None  # a vector, or a broadcast one
+    if same(inner, 1):
+        return Operand(source, False, turned)
+    return Operand(source, True, not turned) if same(outer, 1) else None
+
+
+def _choose(
+    products: dict[Node, tuple[Operand, Operand]], capabilities: Capabilities, kept: set[Node]
+) -> frozenset[Node]:
+    network = networkx.DiGraph()
+    network.add_nodes_from(("source", "sink"))
+    for node, operands in products.items():
+        (m, k), n = node.inputs[0].tensor.shape, node.inputs[1].tensor.shape[1]
+        gain = capabilities.gain(*(evaluate_typical(s) for s in (m, n, k)))
+        if gain <= 0:
+            continue
+        network.add_edge("source", node, capacity=gain)
+        for operand in operands:
+            split = ("split", operand.source)
+            free = base_of(operand.source) in kept
+            cost = 0.0 if free else capabilities.split(evaluate_typical(operand.source.tensor.numel))
+            network.add_edge(node, split, capacity=float("inf"))
+            network.add_edge(split, "sink", capacity=cost)
+    _, (gaining, _) = networkx.minimum_cut(network, "source", "sink")
+    return frozenset(node for node in products if node in gaining)
+
+
+def _rebuild(graph: Graph, chosen: dict[Node, tuple[Operand, Operand]], planes: int) -> Graph:
+    if not chosen:
+        return graph
+    builder = Builder()
+    new: dict[Node, Node] = {}
+    origins: dict[Node, frozenset[Origin]] = {}
+    for node in graph.nodes():
+        inputs, attributes = [new[i] for i in node.inputs], dict(node.attributes)
+        operands = chosen.get(node, ())
+        if operands:
+            inputs += [_encoding(builder, new[o.source], o.flipped, planes) for o in operands]
+            attributes = {"planes": planes, "transposed": tuple(o.turned for o in operands)}
+        new[node] = builder.node(node.op, inputs, node.type, **attributes)
+        if node in graph.origins:
+            origins[new[node]] = graph.origins[node]
+    outputs = tuple(None if o is None else new[o] for o in graph.outputs)
+    encoded = Graph(tuple(new[i] for i in graph.inputs), outputs, origins)
+    check(encoded)
+    return encoded
+
+
+def _encoding(builder: Builder, source: Node, flipped: bool, planes: int) -> Node:
+    matrix = builder.permute(source, (1, 0)) if flipped else source
+    t = matrix.tensor
+    return builder.node("encode", (matrix,), Halves.of(t.shape, planes).type(t.device), planes=planes)

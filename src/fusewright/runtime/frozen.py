@@ -1,0 +1,52 @@
+"""Halves of frozen parameters, kept from one call to the next: only where the user says `freeze`.
+
+What is kept belongs to a parameter's memory, whichever graph reads it, and is forgotten with that memory. Nothing tells
+whether its contents have changed: version counters do not move under fused optimisers or writes to `.data`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# (address, what was made of it) → (the storage that it lies in, what was made)
+_KEPT: dict[Hashable, tuple[StorageWeakRef, torch.Tensor]] = {}
+_LOCK = threading.Lock()
+# What CUDA graphs read, and so must stay where it is.
+_IN_GRAPHS: list[torch.Tensor] = []
+
+
+def kept(source: torch.Tensor, layout: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `make` made of `source` the first time. layout: what was made, and of which elements from the first on."""
+    key = (source.device, source.data_ptr(), layout)
+    found = _KEPT.get(key)
+    capturing = source.is_cuda and torch.cuda.is_current_stream_capturing()
+    if found is not None and not _gone(found[0]):
+        if capturing:
+            _IN_GRAPHS.append(found[1])
+        return found[1]
+    made = make()
+    if capturing:
+        return made  # made by the graph, at every replay
+    if source.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()  # other streams will read it
+    with _LOCK:
+        for old in [k for k, (storage, _) in _KEPT.items() if _gone(storage)]:
+            del _KEPT[old]
+        _KEPT[key] = StorageWeakRef(source.untyped_storage()), made  # type: ignore[no-untyped-call]
+    return made
+
+
+def _gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
+
+
+def thaw() -> int:
+    """Forgets the halves of all frozen parameters, so that the next call makes them anew. Returns their bytes."""
+    with _LOCK:
+        freed = sum(made.nbytes for _, made in _KEPT.values())
+        _KEPT.clear()
+    return freed

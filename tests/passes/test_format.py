@@ -1,0 +1,171 @@
+"""Which matrices are split into halves, that products share them, and what a training step keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusewright.fusion.plan import Encode, FusionPlan, Region, View
+from fusewright.ir.encoding import Halves
+from fusewright.ir.graph import Graph, Node
+from fusewright.ir.rules import check as check_rules
+from graphs import check, planned
+
+M, K, N = 16, 24, 40
+
+
+class Costs:
+    """Products of at least `least` k gain one second; splits take `share` seconds an element."""
+
+    def __init__(self, planes: int = 2, least: int = 0, share: float = 0.0) -> None:
+        self.planes, self.least, self.share = planes, least, share
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0 if k >= self.least else -1.0
+
+    def split(self, elements: float) -> float:
+        return self.share * elements
+
+
+def leaf(*shape: int, grad: bool = True) -> torch.Tensor:
+    return torch.randn(shape).requires_grad_(grad)
+
+
+def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.leaky_relu(F.linear(x, w), 0.1)
+
+
+def tower(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    for w in weights:
+        x = linear(x, w)
+    return x
+
+
+def split(plan: FusionPlan) -> list[tuple[str, ...]]:
+    """The buffers that each step of the plan splits."""
+    return [tuple(m.buffer for m in e.matrices) for e in plan.encodes]
+
+
+def plans(function: Callable[..., Any], *inputs: torch.Tensor, costs: Costs | None = None) -> list[FusionPlan]:
+    return check(function, *inputs, tolerance=1e-4, capabilities=costs or Costs()).plans
+
+
+def test_one_split_of_each_matrix_serves_a_training_step() -> None:
+    forward, backward = plans(linear, leaf(M, K), leaf(N, K))
+    assert len(forward.encodes) == 1 and len(forward.encodes[0].matrices) == 2  # x and w, together
+    assert len(backward.encodes) == 1 and len(backward.encodes[0].matrices) == 1  # the gradient alone
+    kept = [e.buffer for r in forward.regions if r.gemm for e in r.gemm.encoded or ()]
+    assert {o.buffer for o in forward.outputs if isinstance(o, View)} >= set(kept)
+    assert all(r.gemm.encoded for r in backward.regions if r.gemm)
+
+
+def test_a_tower_splits_every_activation_once() -> None:
+    forward, backward = plans(tower, leaf(M, K), leaf(N, K), leaf(K, N))
+    assert [len(s) for s in split(forward)] == [2, 2]  # x and a weight; the activation and the other
+    assert [len(s) for s in split(backward)] == [1, 1]  # the two gradients
+    order = [type(s) for s in forward.steps]
+    assert order == [Encode, Region, Encode, Region]  # each just before it is read
+
+
+@pytest.mark.parametrize("wanted", ["x", "w"])
+def test_partial_gradients(wanted: str) -> None:
+    forward, backward = plans(linear, leaf(M, K, grad=wanted == "x"), leaf(N, K, grad=wanted == "w"))
+    assert [len(s) for s in split(forward)] == [2] and [len(s) for s in split(backward)] == [1]
+    (region,) = (r for r in backward.regions if r.gemm)
+    assert region.gemm is not None and region.gemm.encoded is not None
+
+
+def test_the_primal_is_kept_too() -> None:
+    """The patch reads it."""
+    _, backward = plans(tower, leaf(M, K), leaf(N, K), leaf(K, N))
+    for region in backward.regions:
+        if region.gemm:
+            assert {region.gemm.a.buffer, region.gemm.b.buffer} <= set(region.reads())
+            assert all(e.buffer in region.reads() for e in region.gemm.encoded or ())
+
+
+def test_what_only_backward_reads_is_split_there() -> None:
+    """The forward sums over too few products to gain anything; the input's gradient sums over many."""
+    forward, backward = plans(linear, leaf(M, K), leaf(N, K, grad=False), costs=Costs(least=N))
+    assert not forward.encodes
+    assert [len(s) for s in split(backward)] == [2]
+
+
+def test_splits_are_shared_by_products_that_could_not_pay_for_them_alone() -> None:
+    x, weights = torch.randn(M, K), [torch.randn(N, K) for _ in range(3)]
+
+    def several(x: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+        return [F.linear(x, w) for w in weights]
+
+    costs = Costs(share=0.9 / (N * K))  # a weight takes .9 s, x .36
+    (alone,) = plans(linear, x, weights[0], costs=costs)
+    (shared,) = plans(several, x, *weights, costs=costs)
+    (four,) = plans(several, x, *weights, torch.randn(N, K), costs=costs)
+    assert not alone.encodes and not shared.encodes  # 3 · (1 - .9) < .36
+    assert sum(len(s) for s in split(four)) == 5
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_either_major_and_any_view(turned: bool) -> None:
+    x = torch.randn(K, M).T if turned else torch.randn(M, K)
+    (plan,) = plans(lambda x, w: (x @ w, x.T @ x), x, torch.randn(K, N))
+    encodings = [e for r in plan.regions if r.gemm for e in r.gemm.encoded or ()]
+    assert len({e.buffer for e in encodings}) == 2
+    assert Halves(*((K, M) if turned else (M, K)), 2) in [e.halves for e in encodings]
+    (three,) = plans(lambda x, w: F.linear(x, w), torch.randn(2, M, K), torch.randn(N, K))
+    assert Halves(2 * M, K, 2) in [r.halves for e in three.encodes for r in e.results]
+
+
+def test_matrices_without_contiguous_lines_and_vectors_are_not_split() -> None:
+    for x, w in (
+        (torch.randn(M, 2 * K)[:, ::2], torch.randn(N, K)),
+        (torch.randn(1, K), torch.randn(N, K)),
+        (torch.randn(1, K).expand(M, K), torch.randn(N, K)),
+        (torch.randn(M, K).double(), torch.randn(N, K).double()),
+        (torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16()),
+    ):
+        call, record = planned(linear, Costs())
+        call(x, w)
+        assert not record.plans[0].encodes
+
+
+def encoded_graph() -> Graph:
+    from fusewright.passes.format import encode_operands
+
+    call, record = planned(linear)
+    call(torch.randn(M, K), torch.randn(N, K))
+    return encode_operands(record.graphs[0], Costs())
+
+
+def test_an_encoding_of_something_else_is_illegal() -> None:
+    graph = encoded_graph()
+    check_rules(graph)
+    (matmul,) = (n for n in graph.nodes() if n.op == "matmul")
+    a, b, first, second = matmul.inputs
+    for inputs, attributes in (
+        ((a, b, second, first), dict(matmul.attributes)),
+        ((a, b, first), dict(matmul.attributes)),
+        ((a, b, first, second), {"planes": 1, "transposed": (False, True)}),
+        ((a, b, first, second), {"planes": 2, "transposed": (False, False)}),
+    ):
+        broken = Node("matmul", inputs, tuple(sorted(attributes.items())), matmul.type)
+        with pytest.raises(AssertionError, match="matmul"):
+            check_rules(Graph(graph.inputs, (broken,)))
+
+
+def test_frozen_parameters_cost_nothing_and_have_steps_of_their_own() -> None:
+    from fusewright import compiler
+
+    call, record = planned(linear)
+    call(torch.randn(M, K), torch.randn(N, K))
+    costs = Costs(share=0.9 / (N * K))
+    assert not compiler.plan(record.graphs[0], (), costs).encodes
+    plan = compiler.plan(record.graphs[0], (), costs, kept=(1,))
+    assert [(split, kept) for split, kept in zip(split(plan), [e.kept for e in plan.encodes], strict=True)] == [
+        (("x1",), False),
+        (("x2",), True),
+    ]
