@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusewright.ir.graph import Builder, Graph, Node, Origin
+from fusewright.ir.graph import Builder, Graph, Node, Origin, Output, base_of
+from fusewright.ir.size import same
 
 Bindings = dict[str, Node]
 
@@ -87,8 +88,27 @@ def _sweep(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, bool]:
         new[node] = result
         if node in graph.origins:
             origins[result] = origins.get(result, frozenset()) | graph.origins[node]
-    outputs = tuple(None if o is None else new[o] for o in graph.outputs)
-    return Graph(tuple(new[i] for i in graph.inputs), outputs, origins), changed
+    inputs = tuple(new[i] for i in graph.inputs)
+    return Graph(inputs, _outputs(builder, graph, new), origins), changed
+
+
+def _outputs(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
+    """What had memory and strides of its own keeps them, although a rule found it to be equal to something else."""
+    owners = {new[i]: i for i in graph.inputs}
+    results: list[Output] = []
+    for position, old in enumerate(graph.outputs):
+        node = None if old is None else new[old]
+        if node is not None and node.type is not None and old is not None:
+            owner = base_of(old)
+            if owners.setdefault(base_of(node), owner) is not owner or _restrided(old, node):
+                node = builder.node("copy", (node,), old.type, of=position)
+        results.append(node)
+    return tuple(results)
+
+
+def _restrided(old: Node, new: Node) -> bool:
+    dims = zip(old.tensor.shape, old.tensor.stride, new.tensor.stride, strict=True)
+    return any(not same(a, b) for size, a, b in dims if not same(size, 1))
 
 
 def _apply(builder: Builder, node: Node, rules: Sequence[Rule]) -> Node | None:
