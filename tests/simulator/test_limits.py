@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from fusewright.chip import chip_for
-from fusewright.codegen.launch import FloatArg, LaunchSpec, SizeArg
+from fusewright.codegen.launch import FloatArg, LaunchSpec, SizeArg, TensorMapArg
+from fusewright.simulator.buffer import Buffer
 from fusewright.simulator.errors import LaunchLimit
 from fusewright.simulator.simulate import Simulator
+from fusewright.simulator.tensor_map import encode
 from kernels import launch
 
 EMPTY = launch('extern "C" __global__ void __launch_bounds__(2 * (32)) empty(float* x, long long n) {}', 64)
@@ -77,6 +79,32 @@ def test_arguments_must_fit_the_parameters() -> None:
         kernel([torch.zeros(1)], (1,))
 
 
-def test_clusters_are_not_simulated() -> None:
-    with pytest.raises(LaunchLimit, match="clusters"):
-        load(replace(EMPTY, cluster=(2, 1, 1)))
+def test_clusters() -> None:
+    with pytest.raises(LaunchLimit, match="1 to 16"):
+        load(replace(EMPTY, cluster=(4, 3, 2)))
+    with pytest.raises(LaunchLimit, match="has none"):
+        load(replace(EMPTY, cluster=(2, 1, 1)), "sm_80")
+    (kernel,) = Simulator().load([replace(EMPTY, cluster=(2, 1, 1))])
+    with pytest.raises(LaunchLimit, match="not made of clusters"):
+        kernel([torch.zeros(1), 1], (3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dims": (64, 64), "strides": (64,)}, "one extent of the box"),
+        ({"strides": (65, 4096)}, "a stride that is no multiple of 16 bytes"),
+        ({"dims": (64, 0, 1)}, "an extent"),
+        ({"box": (64, 257, 1)}, "1 to 256 elements"),
+        ({"box": (4, 64, 1)}, "8 bytes wide, no multiple of 16"),
+        ({"box": (128, 64, 1)}, "must agree"),
+        ({"swizzle": 48}, "a swizzle of 48"),
+        ({}, "begins at an address"),
+    ],
+)
+def test_tensor_maps(change: dict[str, object], says: str) -> None:
+    arg = TensorMapArg("x", torch.float16, (64, 64, 1), (64, 4096), (64, 64, 1))
+    whole = Buffer.of(torch.zeros(64, 64, dtype=torch.float16))
+    encode(arg, whole)
+    with pytest.raises(LaunchLimit, match=says):
+        encode(replace(arg, **change), whole if change else Buffer(whole.pointer + 2, whole.bytes - 2))

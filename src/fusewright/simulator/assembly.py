@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 GUARD_BYTES = 256
+DYNAMIC_ALIGNMENT = 16  # all that CUDA promises: what needs more must see to it
 ANCHOR = "fusewright_anchor"
 _SYMBOL = r"[A-Za-z_.][\w.$]*"
 # Uses of a thread-local symbol: x86-64 writes name@model, aarch64 :model:name.
@@ -43,7 +44,7 @@ def lay_out(text: str, entries: Iterable[str], dynamic_bytes: int) -> Assembly:
         labels = "".join(f"\t.globl\t{n}\n\t.hidden\t{n}\n\t.type\t{n}, %object\n{n}:\n" for n in dynamic)
         text += (
             '\n\t.section\t.tbss.fusewright_dynamic,"awT",%nobits\n\t.balign\t1024\n'
-            f"{labels}\t.zero\t{dynamic_bytes + GUARD_BYTES}\n"
+            f"\t.zero\t{DYNAMIC_ALIGNMENT}\n{labels}\t.zero\t{dynamic_bytes + GUARD_BYTES}\n"
         )
     variables.pop(ANCHOR, None)
     return Assembly(text, variables, dynamic, _reachable(text, entries))

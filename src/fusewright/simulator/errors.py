@@ -68,7 +68,19 @@ class SharedMemoryRace(SimulationError):
 
 
 class CopyInFlight(SimulationError):
-    """An access to bytes that an asynchronous copy, not waited for, may still be writing."""
+    """An access to shared memory that an asynchronous copy, not waited for, may still be writing."""
+
+
+class OperandInFlight(SimulationError):
+    """A write to what a product or bulk store, not waited for, may still read, or any access to what it may write."""
+
+
+class MissingFence(SimulationError):
+    """No fence between what a thread did and what the asynchronous proxy, or a product, does in the same place."""
+
+
+class PhaseOverrun(SimulationError):
+    """More arrivals or bytes at an mbarrier than its phase expects, or than it can count."""
 
 
 class ReadOnlyWrite(SimulationError):

@@ -26,6 +26,9 @@ ERRORS: tuple[type[errors.SimulationError], ...] = (
     errors.ReadOnlyWrite,
     errors.UndefinedOperation,
     errors.KernelTrap,
+    errors.OperandInFlight,
+    errors.MissingFence,
+    errors.PhaseOverrun,
 )
 
 
@@ -60,6 +63,8 @@ class Launch(ctypes.Structure):
         ("variable_count", ctypes.c_uint64),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("registers", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("workers", ctypes.c_uint32),
     )

@@ -6,42 +6,25 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from fusewright.chip import CHIPS, DEFAULT_ARCH, Chip
-from fusewright.codegen.launch import BufferArg, FloatArg, LaunchSpec
-from fusewright.errors import MixedDevices
-from fusewright.simulator import library
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg
+from fusewright.simulator import library, tensor_map
+from fusewright.simulator.buffer import Buffer
 from fusewright.simulator.errors import LaunchLimit, OrderDependentResult, Where
-from fusewright.simulator.limits import check_launch, check_module
+from fusewright.simulator.limits import check_launch, check_module, registers_at_launch
 from fusewright.simulator.module import KernelFacts, Module, load_module
 from fusewright.simulator.report import error_of
+from fusewright.simulator.tensor_map import EncodedMap, encode
 from fusewright.simulator.toolchain import DEVICE_CODE, find_toolchain
 
-
-@dataclass(frozen=True)
-class Buffer:
-    """Host memory that a kernel may touch: `bytes` bytes from address `pointer`."""
-
-    pointer: int
-    bytes: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Buffer:
-        """The memory from a CPU tensor's first element to its last. Raises MixedDevices for any other device."""
-        if tensor.device.type != "cpu":
-            raise MixedDevices(f"the simulator runs on CPU tensors, and was given one on {tensor.device}")
-        if tensor.numel() == 0:
-            return cls(0, 0)
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return cls(tensor.data_ptr(), (last + 1) * tensor.element_size())
-
-
-# One value for each argument of the launch: memory that begins where the pointer points, a size, or a number.
-Value = torch.Tensor | Buffer | int | float
+# One value for each argument of the launch: memory that begins where the pointer points, a map of it, a size, a number.
+Value = torch.Tensor | Buffer | EncodedMap | int | float
 
 
 @dataclass(frozen=True)
@@ -94,14 +77,15 @@ class SimulatedKernel:
         """Runs the launch over `grid` blocks (x, y, z).
 
         arguments: one for each of the launch's: for a BufferArg a CPU tensor (or Buffer) that begins where the pointer
-        points, for a SizeArg an int, for a FloatArg a float. An empty grid does nothing.
+        points, for a TensorMapArg the same or an EncodedMap, for a SizeArg an int, for a FloatArg a float. An empty
+        grid does nothing.
         Raises a SimulationError for a bug of the kernel, LaunchLimit for a grid that the chip would refuse.
         """
         blocks = check_launch(self.launch, arguments, grid)
         if 0 in blocks:
             return
         buffers = self._buffers(arguments)
-        written = [b for b, arg in zip(buffers, self.launch.args, strict=True) if b and arg.written]  # type: ignore[union-attr]
+        written = [b for b, arg in zip(buffers, self.launch.args, strict=True) if b and _writes(arg)]
         before = [ctypes.string_at(b.pointer, b.bytes) for b in written] if len(self.orders) > 1 else []
         first: list[bytes] | None = None
         for order in self.orders:
@@ -119,11 +103,13 @@ class SimulatedKernel:
         """Returns the memory behind each pointer argument, cut to the extent that the launch declares."""
         buffers: list[Buffer | None] = []
         for arg, value in zip(self.launch.args, arguments, strict=True):
-            if not isinstance(arg, BufferArg):
+            if not isinstance(arg, BufferArg | TensorMapArg):
                 buffers.append(None)
                 continue
+            if isinstance(value, EncodedMap):
+                value = value.buffer
             buffer = value if isinstance(value, Buffer) else Buffer.of(cast(torch.Tensor, value))
-            if isinstance(arg.extent, int):
+            if isinstance(arg, BufferArg) and isinstance(arg.extent, int):
                 buffer = Buffer(buffer.pointer, min(buffer.bytes, arg.extent * arg.dtype.itemsize))
             buffers.append(buffer)
         return buffers
@@ -132,14 +118,13 @@ class SimulatedKernel:
         self, arguments: Sequence[Value], buffers: Sequence[Buffer | None], grid: tuple[int, int, int], order: int
     ) -> None:
         values = [
-            ctypes.c_void_p(buffer.pointer) if buffer is not None else _scalar(arg, value)
-            for arg, value, buffer in zip(self.launch.args, arguments, buffers, strict=True)
+            _passed(arg, value, buffer) for arg, value, buffer in zip(self.launch.args, arguments, buffers, strict=True)
         ]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        pointers = (ctypes.c_void_p * len(values))(*(address for _, address in values))
         ranges = [
             library.Range(buffer.pointer, buffer.bytes, arg.buffer.encode(), arg.written)
             for arg, buffer in zip(self.launch.args, buffers, strict=True)
-            if isinstance(arg, BufferArg) and buffer is not None
+            if isinstance(arg, BufferArg | TensorMapArg) and buffer is not None
         ]
         variables = [library.Variable(v.offset, v.bytes, v.name.encode()) for v in self.facts.static]
         variables += [library.Variable(v.offset, v.bytes, None) for v in self.facts.guards]
@@ -158,15 +143,17 @@ class SimulatedKernel:
             variable_count=len(variables),
             grid=grid,
             block=self.launch.block,
+            cluster=self.launch.cluster,
+            registers=registers_at_launch(self.launch, self.module, self.facts),
             seed=order,
-            workers=min(self.workers, blocks),
+            workers=min(self.workers, blocks // prod(self.launch.cluster)),
         )
         failure = library.Failure()
         if self.module.runtime.fusewright_simulator_launch(ctypes.byref(launch), ctypes.byref(failure)):
             raise error_of(failure, self.launch.kernel, self.module)
 
     def _compare(self, first: Sequence[bytes], after: Sequence[bytes], order: int) -> None:
-        names = [arg for arg in self.launch.args if isinstance(arg, BufferArg) and arg.written]
+        names = [arg for arg in self.launch.args if isinstance(arg, BufferArg | TensorMapArg) and arg.written]
         for arg, one, other in zip(names, first, after, strict=True):
             if one == other:
                 continue
@@ -178,8 +165,25 @@ class SimulatedKernel:
             )
 
 
-def _scalar(arg: object, value: Value) -> ctypes.c_int64 | ctypes.c_float | ctypes.c_double:
-    if isinstance(value, torch.Tensor | Buffer):
+def _writes(arg: Arg) -> bool:
+    return isinstance(arg, BufferArg | TensorMapArg) and arg.written
+
+
+def _passed(arg: Arg, value: Value, buffer: Buffer | None) -> tuple[Any, int]:
+    """What is passed for one argument: the object that holds it, and the address of the value in there."""
+    if isinstance(arg, TensorMapArg):
+        encoded = value if isinstance(value, EncodedMap) else encode(arg, cast(Buffer, buffer))
+        held: Any = ctypes.create_string_buffer(encoded.data, len(encoded.data) + tensor_map.ALIGNMENT)
+        address = ctypes.addressof(held)
+        shift = -address % tensor_map.ALIGNMENT
+        ctypes.memmove(address + shift, encoded.data, len(encoded.data))
+        return held, address + shift
+    held = ctypes.c_void_p(buffer.pointer) if buffer is not None else _scalar(arg, value)
+    return held, ctypes.addressof(held)
+
+
+def _scalar(arg: Arg, value: Value) -> ctypes.c_int64 | ctypes.c_float | ctypes.c_double:
+    if isinstance(value, torch.Tensor | Buffer | EncodedMap):
         raise LaunchLimit("a size or number of the launch was given as memory")
     if isinstance(arg, FloatArg):
         return ctypes.c_double(value) if arg.dtype == torch.float64 else ctypes.c_float(value)

@@ -56,14 +56,15 @@ def _wrapped(index: int, source: Source, folder: str) -> str:
     space = f"fusewright_source_{index}"
     parts = [f'namespace {space} {{\n#line 1 "{folder}/{source.file}"\n{text}\n#line 1 "entry"\n']
     for kernel in source.kernels:
-        bound = f"fusewright_simulator::launch_bound({_launch_bound(source, kernel)})"
+        bound = f"fusewright_simulator::launch_bounds({_launch_bound(source, kernel)})"
         name = entry_name(index, kernel)
         parts.append(
             f'extern "C" __attribute__((visibility("default"))) void {name}(void* const* arguments) '
             f"{{ fusewright_simulator::call(&{kernel}, arguments); }}\n"
             f'extern "C" __attribute__((visibility("default"))) const unsigned* {name}_parameters() '
             f"{{ return decltype(fusewright_simulator::entry_of(&{kernel}))::kSizes; }}\n"
-            f'extern "C" __attribute__((visibility("default"))) unsigned {name}_bound() {{ return {bound}; }}\n'
+            f'extern "C" __attribute__((visibility("default"))) const unsigned* {name}_bound() '
+            f"{{ static constexpr auto bounds = {bound}; return bounds.data; }}\n"
         )
     return "".join(parts) + f"}}  // namespace {space}\n"
 

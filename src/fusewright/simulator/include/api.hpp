@@ -48,4 +48,45 @@ void async_wait(unsigned pending);
 // Completes every copy of this thread, committed or not.
 void async_wait_all();
 
+// ---- Hopper ---------------------------------------------------------------------------------------------------------
+
+// Where a pointer into shared memory lies there, as 32-bit addresses count it.
+uint32_t shared_address(const void* pointer);
+
+unsigned cluster_rank();
+// Waits for every thread of the cluster that has not left the kernel.
+void cluster_sync();
+
+// setmaxnreg: this warp has `count` registers a thread from here on; more, if `acquires`, else fewer.
+void set_registers(unsigned count, bool acquires);
+
+void mbarrier_init(void* barrier, uint32_t arrivals);
+void mbarrier_fence_init();
+// Arrives, in block `rank` of the cluster, or in its own (kOwnBlock), after the phase was made to expect `bytes` more.
+constexpr unsigned kOwnBlock = ~0u;
+void mbarrier_arrive(void* barrier, uint32_t bytes, unsigned rank);
+// Whether the phase of this parity has completed. Lets the others run before it says no.
+bool mbarrier_wait(void* barrier, uint32_t parity);
+
+void fence_proxy_async();
+// Bulk tensor copies: `at` are the coordinates of the box, innermost first. blocks: of the cluster, as bits; 0: its own.
+void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions, unsigned blocks);
+void tensor_store(const void* map, const void* source, const int* at, unsigned dimensions);
+void tensor_store_commit();
+// read: waits only until shared memory has been read.
+void tensor_store_wait(unsigned pending, bool read);
+
+// What one thread gives to a wgmma: d (64 × columns, float32) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns).
+struct Product {
+    float* d;                    // this thread's columns / 2 accumulators
+    const uint32_t* a_registers;  // its 4 registers of A, or null: A is described by `a`
+    uint64_t a, b;
+    uint32_t columns;
+    bool bfloat16, a_transposed, b_transposed, accumulate;  // transposed: MN-major
+};
+void wgmma(const Product& product);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(unsigned pending);
+
 }  // namespace fusewright_simulator

@@ -59,8 +59,13 @@ __forceinline__ void __trap() { fusewright_simulator::fail_trap("executes __trap
 
 namespace fusewright_simulator {
 
-// The first of __launch_bounds__'s arguments.
-constexpr unsigned launch_bound(long threads, long = 0, long = 0) { return static_cast<unsigned>(threads); }
+// The arguments of __launch_bounds__: threads, blocks.
+struct LaunchBounds {
+    unsigned data[2];
+};
+constexpr LaunchBounds launch_bounds(long threads, long blocks = 0, long = 0) {
+    return {{static_cast<unsigned>(threads), static_cast<unsigned>(blocks)}};
+}
 
 // Calls a kernel with arguments given by address, as the CUDA driver's launch does.
 template <class... Parameters> struct Entry {

@@ -1,4 +1,4 @@
-#include "block.hpp"
+#include "cluster.hpp"
 
 #include <dlfcn.h>
 #include <link.h>
@@ -38,6 +38,10 @@ Index unflatten(uint64_t i, const uint32_t (&extent)[3]) {
             static_cast<unsigned>(i / extent[0] / extent[1])};
 }
 
+uint64_t flatten(Index at, const uint32_t (&extent)[3]) {
+    return (uint64_t(at[2]) * extent[1] + at[1]) * extent[0] + at[0];
+}
+
 std::string position(Index at) {
     return "(" + std::to_string(at[0]) + ", " + std::to_string(at[1]) + ", " + std::to_string(at[2]) + ")";
 }
@@ -53,7 +57,7 @@ std::string source(const char* pc) {
     return text;
 }
 
-Block::Block() = default;
+Block::Block(Cluster& cluster) : shadow(*this, cluster.clock), cluster_(cluster), clock_(cluster.clock) {}
 
 void Block::begin_launch(const SimulatorLaunch& launch) {
     launch_ = &launch;
@@ -77,6 +81,10 @@ void Block::begin_launch(const SimulatorLaunch& launch) {
     order_.resize(count);
     live_lanes_.assign((count + 31) / 32, 0);
     exchange_lanes_.assign((count + 31) / 32, 0);
+    warps_.resize((count + 31) / 32);
+    warpgroups_.resize((count + 127) / 128);
+    mbarriers_.clear();
+    saved_.resize(cluster_.size() > 1 ? shadow.bytes() : 0);
     for (size_t i = 0; i < count; ++i) {
         threads_[i].block = this;
         threads_[i].index = static_cast<uint16_t>(i);
@@ -84,39 +92,54 @@ void Block::begin_launch(const SimulatorLaunch& launch) {
     }
 }
 
-void Block::begin_block(uint64_t index) {
-    index_ = unflatten(index, launch_->grid);
-    clock_.begin_block(threads_.size());
-    shuffle_threads(index);
+void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
+    failure_ = &failure;
+    index_ = index;
+    rank_ = rank;
+    resident_ = rank == 0;
+    shadow.begin_block(rank);
+    shuffle_threads();
     ready_.clear();
     std::fill(live_lanes_.begin(), live_lanes_.end(), 0);
     std::fill(exchange_lanes_.begin(), exchange_lanes_.end(), 0);
+    const auto base = static_cast<uint32_t>(rank * clock_.stride());
     for (Thread& thread : threads_) {
+        static_cast<Agent&>(thread) = {base + thread.index, static_cast<uint16_t>(rank), clock_.now()};
         thread.state = Thread::kReady;
-        thread.clock = clock_.now();
         thread.stack = nullptr;
         thread.uncommitted = 0;
+        thread.action = nullptr;
+        thread.polled = ~uint64_t(0);
+        thread.timed_out = false;
+        thread.registers.clear();
+        thread.store_groups = 0;
         live_lanes_[thread.index / 32] |= 1u << thread.lane();
     }
+    for (size_t i = 0; i < warps_.size(); ++i) {
+        const Agent agent{static_cast<uint32_t>(base + threads_.size() + i), static_cast<uint16_t>(rank), clock_.now()};
+        warps_[i] = {agent, {}, {}, 0, 0, launch_->registers, 0};
+    }
+    for (auto& log : warpgroups_) log.clear();
+    register_waiters_.clear();
+    free_registers_ = 0;
     for (Thread* thread : order_) ready_.push_back(thread);
     for (Barrier& barrier : barriers_) barrier = {};
     live_ = static_cast<unsigned>(threads_.size());
     failed_ = false;
 }
 
-void Block::shuffle_threads(uint64_t index) {
+void Block::shuffle_threads() {
+    const uint64_t index = flatten(index_, launch_->grid);
     for (size_t i = 0; i < order_.size(); ++i) order_[i] = &threads_[i];
     if (launch_->seed == 1) std::reverse(order_.begin(), order_.end());
     if (launch_->seed > 1) {
         std::mt19937_64 random(launch_->seed * 0x9e3779b97f4a7c15u + index);
         for (size_t i = order_.size(); i > 1; --i) std::swap(order_[i - 1], order_[random() % i]);
     }
-    for (size_t i = 0; i < order_.size(); ++i) order_[i]->rank = static_cast<uint32_t>(i);
+    for (size_t i = 0; i < order_.size(); ++i) order_[i]->turn = static_cast<uint32_t>(i);
 }
 
-bool Block::run(uint64_t index, SimulatorFailure& failure) {
-    failure_ = &failure;
-    begin_block(index);
+void Block::run_ready() {
     while (!ready_.empty() && !failed_) {
         Thread& thread = *ready_.front();
         ready_.pop_front();
@@ -126,11 +149,33 @@ bool Block::run(uint64_t index, SimulatorFailure& failure) {
             thread.stack = nullptr;
         }
     }
-    if (!failed_ && live_ > 0) report_deadlock(failure);
+}
+
+void Block::end_block() {
     for (Thread& thread : threads_)
         if (thread.stack) stacks_.give(thread.stack);
     drop_copies();
-    return !failed_;
+    land_stores();
+    shadow.forget_reads();
+    for (const auto& [offset, barrier] : mbarriers_) shadow.allow(offset, 8, Shadow::kChecked);
+    mbarriers_.clear();
+    resident_ = true;
+}
+
+void Block::enter() {
+    for (uint64_t i = 0; i < launch_->variable_count; ++i) {
+        const SimulatorVariable& v = launch_->variables[i];
+        std::memcpy(reinterpret_cast<char*>(shared_) + v.offset, &saved_[v.offset], v.bytes);
+    }
+    resident_ = true;
+}
+
+void Block::leave() {
+    for (uint64_t i = 0; i < launch_->variable_count; ++i) {
+        const SimulatorVariable& v = launch_->variables[i];
+        std::memcpy(&saved_[v.offset], reinterpret_cast<char*>(shared_) + v.offset, v.bytes);
+    }
+    resident_ = false;
 }
 
 void Block::resume(Thread& thread) {
@@ -153,14 +198,14 @@ void Block::thread_main() {
 void Block::wait(Thread& thread) { switch_context(thread.context, scheduler_); }
 
 void Block::make_ready(std::vector<Thread*>& threads) {
-    std::sort(threads.begin(), threads.end(), [](Thread* a, Thread* b) { return a->rank < b->rank; });
+    std::sort(threads.begin(), threads.end(), [](Thread* a, Thread* b) { return a->turn < b->turn; });
     for (Thread* thread : threads) {
         thread->state = Thread::kReady;
         ready_.push_back(thread);
     }
 }
 
-void Block::fail(Thread& thread, int kind, const char* pc, const std::string& message) {
+void Block::set_failure(const Thread& thread, int kind, const char* pc, const std::string& message) {
     SimulatorFailure& failure = *failure_;
     failure.kind = kind;
     std::copy_n(index_.begin(), 3, failure.block);
@@ -169,11 +214,29 @@ void Block::fail(Thread& thread, int kind, const char* pc, const std::string& me
     failure.pc = pc && dladdr(pc, &info) ? static_cast<uint64_t>(pc - 1 - static_cast<char*>(info.dli_fbase)) : 0;
     std::snprintf(failure.message, sizeof failure.message, "%s", message.c_str());
     failed_ = true;
-    if (current_stack() == thread.stack) switch_context(thread.context, scheduler_);
+}
+
+// Called by the thread that runs, whichever is at fault.
+void Block::fail(Thread& thread, int kind, const char* pc, const std::string& message) {
+    set_failure(thread, kind, pc, message);
+    Thread& running = *current_thread();
+    running.block->failed_ = true;
+    switch_context(running.context, running.block->scheduler_);
     __builtin_trap();  // the scheduler never resumes a thread of a failed block
 }
 
-std::string Block::name(unsigned thread) const { return "thread " + position(threads_[thread].position); }
+std::string Block::name(size_t thread) const { return "thread " + position(threads_[thread].position); }
+
+std::string Block::agent_name(size_t agent) const {
+    if (agent < threads_.size()) return name(agent);
+    agent -= threads_.size();
+    if (agent < warps_.size()) return "an asynchronous operation of warp " + std::to_string(agent);
+    for (const auto& [offset, barrier] : mbarriers_)
+        if (barrier.slot == agent + threads_.size()) return "a bulk copy counted at the mbarrier at " + describe_shared(offset);
+    return "a bulk copy";
+}
+
+std::string Block::title() const { return "block " + position(index_); }
 
 std::string Block::describe_shared(size_t offset) const {
     const SimulatorVariable* nearest = nullptr;
@@ -200,11 +263,39 @@ void Block::finish_thread(Thread& thread) {
             fail(thread, Failure::kDivergence, threads_[i].pc,
                  "has left the kernel, but " + name(threads_[i].index) + " of the same warp waits at barrier " +
                      std::to_string(threads_[i].barrier));
+    if (live_ == 1) check_nothing_in_flight(thread);
     thread.state = Thread::kFinished;
     --live_;
+    ++cluster_.progress;
     try_exchange(warp);
     for (Barrier& barrier : barriers_)
         if (barrier_is_full(barrier)) complete_barrier(barrier);
+    cluster_.check_barrier();
+}
+
+// The last thread leaves: the block's shared memory goes to others.
+void Block::check_nothing_in_flight(Thread& thread) {
+    check_warpgroups(thread);
+    for (const BulkLoad& load : cluster_.loads)
+        if (load.target == this)
+            fail(thread, Failure::kInFlight, load.pc,
+                 "leaves the kernel, and a bulk copy to shared memory of its block has not been waited for");
+    for (const Thread& other : threads_)
+        for (const BulkStore& store : other.stores)
+            if (!store.read)
+                fail(thread, Failure::kOperand, store.pc,
+                     "leaves the kernel, and a bulk store that reads shared memory of its block has not been waited for");
+    for (const Warp& warp : warps_)
+        if (!warp.products.empty())
+            fail(thread, Failure::kOperand, warp.products.front().pc,
+                 "leaves the kernel, and a product of its block has not been waited for");
+}
+
+void Block::cluster_sync(Thread& thread, const char* pc) {
+    thread.state = Thread::kAtCluster;
+    thread.pc = pc;
+    cluster_.synchronise(thread);
+    wait(thread);
 }
 
 }  // namespace fusewright_simulator

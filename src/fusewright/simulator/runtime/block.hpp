@@ -3,12 +3,14 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../include/api.hpp"
 #include "fiber.hpp"
+#include "hopper.hpp"
 #include "launch.hpp"
 #include "shadow.hpp"
 
@@ -27,7 +29,10 @@ struct Failure {
         kInFlight,
         kReadOnly,
         kUndefined,
-        kTrap
+        kTrap,
+        kOperand,
+        kFence,
+        kPhase
     };
 };
 
@@ -35,6 +40,7 @@ struct Failure {
 constexpr size_t kGuardBytes = 256;
 
 class Block;
+class Cluster;
 using Index = std::array<unsigned, 3>;
 
 // Names the source line of a code address in a message: Python replaces `{pc:…}`.
@@ -47,14 +53,13 @@ struct AsyncCopy {
     const char* pc;
 };
 
-struct Thread {
-    enum State : uint8_t { kReady, kAtBarrier, kInExchange, kFinished };
+struct Thread : Agent {
+    enum State : uint8_t { kReady, kAtBarrier, kInExchange, kAtMbarrier, kAtCluster, kForRegisters, kFinished };
 
     Block* block;
     uint16_t index;  // within the block; x runs fastest
     State state;
-    uint32_t clock;  // see Clock
-    uint32_t rank;   // its turn in this schedule
+    uint32_t turn;  // in this schedule
     Index position;
     Context context;
     StackTop* stack;
@@ -69,6 +74,16 @@ struct Thread {
     Site site;
     const char* pc;
     Exchange received;
+    void (Block::*action)(Thread&);  // of an exchange: what the last lane to come does for the warp
+    Mbarrier* mbarrier;
+    uint32_t parity;
+    uint64_t polled;  // the cluster's progress when it was last told that the phase is not complete
+    bool timed_out;
+
+    Product product;  // what it brings to a wgmma
+    Registers registers;
+    std::vector<BulkStore> stores;  // in flight, oldest first
+    uint64_t store_groups;          // committed
 
     std::vector<AsyncCopy> copies;     // in flight, oldest first
     std::deque<unsigned> group_sizes;  // committed groups, oldest first
@@ -80,11 +95,18 @@ struct Thread {
 
 class Block {
   public:
-    explicit Block();
+    explicit Block(Cluster& cluster);
     // Prepares for the blocks of one launch, on the calling OS thread.
     void begin_launch(const SimulatorLaunch& launch);
-    // Runs block number `index`. Returns whether it ended without a failure; `failure` then says which.
-    bool run(uint64_t index, SimulatorFailure& failure);
+    // Prepares for the block at `index` of the grid, number `rank` of its cluster.
+    void begin_block(Index index, unsigned rank, SimulatorFailure& failure);
+    // Runs threads until each one waits or there was a failure.
+    void run_ready();
+    void end_block();
+    bool ready() const { return !ready_.empty(); }
+    // Blocks of a cluster share the OS thread, and so the place of their shared memory: they take turns in it.
+    void enter();
+    void leave();
 
     // Called from fibers.
     unsigned barrier_sync(Thread& thread, unsigned id, unsigned threads, bool predicate, bool waits, Site site,
@@ -96,9 +118,54 @@ class Block {
     void async_wait(Thread& thread, unsigned pending, const char* pc);
     void access(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
     [[noreturn]] void fail(Thread& thread, int kind, const char* pc, const std::string& message);
+    void set_failure(const Thread& thread, int kind, const char* pc, const std::string& message);
+    void cluster_sync(Thread& thread, const char* pc);
+
+    // Registers that move between warps (warpgroup.cpp).
+    void set_registers(Thread& thread, unsigned count, bool acquires, const char* pc);
+
+    // mbarriers (mbarrier.cpp).
+    void mbarrier_init(Thread& thread, const void* barrier, uint32_t arrivals, const char* pc);
+    void publish_mbarriers(Thread& thread, bool all);
+    void fence_proxy(Thread& thread);
+    void mbarrier_arrive(Thread& thread, const void* barrier, uint32_t bytes, unsigned rank, const char* pc);
+    bool mbarrier_wait(Thread& thread, const void* barrier, uint32_t parity, const char* pc);
+    Mbarrier& find_mbarrier(Thread& thread, size_t offset, const char* pc);
+    void complete_phase(Mbarrier& barrier);
+
+    // Bulk tensor copies (bulk.cpp).
+    void tensor_load(Thread& thread, const void* destination, const void* map, const void* barrier, const int* at,
+                     unsigned dimensions, unsigned blocks, const char* pc);
+    void tensor_store(Thread& thread, const void* map, const void* source, const int* at, unsigned dimensions,
+                      const char* pc);
+    void tensor_store_wait(Thread& thread, unsigned pending, bool read);
+    void land_load(const BulkLoad& load);
+
+    // Products of warpgroups (warpgroup.cpp).
+    void collective(Thread& thread, const char* operation, uint64_t value, void (Block::*action)(Thread&), const char* pc);
+    void issue_product(Thread& thread);
+    void commit_products(Thread& thread);
+    void wait_for_products(Thread& thread);
+    void fence_registers(Thread& thread);
+    void move_registers(Thread& thread);
+    void check_registers(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
+
+    // Where byte `offset` of this block's shared memory is now.
+    char* memory(size_t offset) {
+        return resident_ ? reinterpret_cast<char*>(shared_) + offset : saved_.data() + offset;
+    }
+    size_t offset_of(const void* pointer) const { return reinterpret_cast<uintptr_t>(pointer) - shared_; }
+    std::vector<Thread>& threads() { return threads_; }
+    unsigned rank() const { return rank_; }
+    unsigned live() const { return live_; }
+    bool failed() const { return failed_; }
+    void make_ready(std::vector<Thread*>& threads);
+    std::string waiting_for(const Thread& thread) const;
 
     bool holds(uintptr_t address) const { return address - shared_ < shadow.bytes(); }
-    std::string name(unsigned thread) const;           // "thread (3, 0, 0)"
+    std::string name(size_t thread) const;             // "thread (3, 0, 0)"
+    std::string agent_name(size_t agent) const;        // the same of any agent of the block
+    std::string title() const;                         // "block (1, 0, 0)"
     std::string describe_shared(size_t offset) const;  // "shared `tile` byte 12"
     const SimulatorLaunch& launch() const { return *launch_; }
     Index index() const { return index_; }
@@ -116,14 +183,22 @@ class Block {
     struct Barrier {
         unsigned expected = 0;
         std::vector<Thread*> arrived, waiting;
-        
     };
 
-    void begin_block(uint64_t index);
-    void shuffle_threads(uint64_t index);
+    void shuffle_threads();
     void resume(Thread& thread);
     void wait(Thread& thread);
-    void make_ready(std::vector<Thread*>& threads);
+    void check_nothing_in_flight(Thread& thread);
+    size_t check_shared(Thread& thread, const void* pointer, size_t bytes, size_t alignment, const char* what,
+                        const char* pc);
+    const TensorMap& check_map(Thread& thread, const void* map, const int* at, unsigned dimensions, const char* pc);
+    void record_aligned(Thread& thread, const char* operation, uint64_t a, uint64_t b, const char* pc);
+    void check_warpgroups(Thread& thread);
+    void grant_registers();
+    template <class F> void each_operand(const IssuedProduct& product, unsigned warp, F visit);
+    void check_operand(Thread& thread, const Descriptor& operand, const char* which, const char* pc);
+    void execute(IssuedProduct& product, unsigned warp);
+    void land_stores();
     void finish_thread(Thread& thread);
     void complete_barrier(Barrier& barrier);
     bool barrier_is_full(const Barrier& barrier) const;
@@ -131,22 +206,29 @@ class Block {
     void try_exchange(unsigned warp);
     void complete_exchange(unsigned warp, uint32_t mask, uint32_t present);
     [[noreturn]] void report_global(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
-    std::string waiting_for(const Thread& thread) const;
-    void report_deadlock(SimulatorFailure& failure);
     void drop_copies();
     static void thread_main();
 
+    Cluster& cluster_;
+    Clock& clock_;
+    unsigned rank_ = 0;  // in the cluster
     const SimulatorLaunch* launch_ = nullptr;
     uintptr_t shared_ = 0;  // address of the module's thread-local storage on this OS thread
     uintptr_t module_begin_ = 0, module_end_ = 0;
+    bool resident_ = true;
+    std::vector<char> saved_;  // shared memory, while others are resident
     Index index_{};
-    Clock clock_;
     std::vector<Thread> threads_;
     std::vector<Thread*> order_;  // by rank
     std::deque<Thread*> ready_;
     std::array<Barrier, 16> barriers_;
     std::vector<uint32_t> live_lanes_;      // by warp: not finished
     std::vector<uint32_t> exchange_lanes_;  // by warp: waiting in an exchange
+    std::map<size_t, Mbarrier> mbarriers_;  // by offset
+    std::vector<Warp> warps_;
+    std::vector<std::vector<Aligned>> warpgroups_;  // what each has executed together
+    uint64_t free_registers_ = 0;
+    std::deque<unsigned> register_waiters_;  // warps
     unsigned live_ = 0;
     bool failed_ = false;
     SimulatorFailure* failure_ = nullptr;

@@ -32,6 +32,8 @@ struct SimulatorLaunch {
     uint64_t variable_count;
     uint32_t grid[3];
     uint32_t block[3];
+    uint32_t cluster[3];  // blocks
+    uint32_t registers;   // a thread starts with; 0: not known
     uint64_t seed;     // 0: threads and blocks in their natural order
     uint32_t workers;  // OS threads, each of which runs whole blocks
 };

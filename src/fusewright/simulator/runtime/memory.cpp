@@ -1,7 +1,7 @@
 // Every access of instrumented kernel code arrives here: the functions that -fsanitize=thread calls.
 #include <cstring>
 
-#include "block.hpp"
+#include "cluster.hpp"
 
 namespace fusewright_simulator {
 
@@ -19,11 +19,18 @@ void Block::access(Thread& thread, Access access, uintptr_t address, size_t byte
         if (!shadow.legal(offset, bytes))
             fail(thread, Failure::kOutOfBounds, pc,
                  verb(access) + std::to_string(bytes) + " bytes at " + describe_shared(offset));
-        if (shadow.ignored(offset)) return;
-        return shadow.touch(thread, clock_, access, offset, bytes, pc);
+        const auto legality = shadow.legality(offset);
+        if (legality == Shadow::kIgnored) return;
+        if (legality == Shadow::kBarrier)
+            fail(thread, Failure::kUndefined, pc,
+                 std::string(verb(access)) + describe_shared(offset) + ", where an mbarrier lies");
+        return shadow.touch(thread, access, offset, bytes, pc);
     }
     const auto top = reinterpret_cast<uintptr_t>(thread.stack);
-    if (top - address < kStackBytes) return;  // the thread's own local memory
+    if (top - address < kStackBytes) {  // the thread's own local memory
+        if (thread.registers.watched(address, bytes)) check_registers(thread, access, address, bytes, pc);
+        return;
+    }
     bool read_only = false;
     for (uint64_t i = 0; i < launch_->range_count; ++i) {
         const SimulatorRange& range = launch_->ranges[i];
@@ -80,7 +87,7 @@ void Block::async_copy(Thread& thread, char* destination, const char* source, un
              "copies " + std::to_string(bytes) + " bytes to " +
                  (holds(to) ? describe_shared(to - shared_) : "an address outside shared memory"));
     if (source_bytes) access(thread, Access::kRead, from, source_bytes, pc);
-    shadow.launch_copy(thread, clock_, to - shared_, bytes, pc);
+    shadow.launch_copy(thread, false, thread.index, to - shared_, bytes, pc);
     std::memset(destination, 0xff, bytes);
     thread.copies.push_back({destination, source, bytes, source_bytes, pc});
     ++thread.uncommitted;
@@ -96,7 +103,7 @@ void Block::async_wait(Thread& thread, unsigned pending, const char*) {
         const AsyncCopy& copy = thread.copies[i];
         std::memcpy(copy.destination, copy.source, copy.source_bytes);
         std::memset(copy.destination + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-        shadow.land_copy(thread, reinterpret_cast<uintptr_t>(copy.destination) - shared_, copy.bytes, copy.pc);
+        shadow.land_copy(thread.clock, thread.index, offset_of(copy.destination), copy.bytes, copy.pc);
     }
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(landed));
 }
@@ -105,7 +112,7 @@ void Block::drop_copies() {
     for (Thread& thread : threads_) {
         thread.clock = 0;  // as if never written
         for (const AsyncCopy& copy : thread.copies)
-            shadow.land_copy(thread, reinterpret_cast<uintptr_t>(copy.destination) - shared_, copy.bytes, nullptr);
+            shadow.land_copy(thread.clock, thread.index, offset_of(copy.destination), copy.bytes, nullptr);
         thread.copies.clear();
         thread.group_sizes.clear();
     }

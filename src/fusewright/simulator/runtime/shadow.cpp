@@ -9,35 +9,6 @@
 
 namespace fusewright_simulator {
 
-void Clock::begin_block(size_t threads) {
-    threads_ = threads;
-    narrow_ = false;
-    floor_ = tick_;
-    birth_ = ++tick_;
-}
-
-void Clock::synchronise(const std::vector<Thread*>& releasers, const std::vector<Thread*>& acquirers, bool whole) {
-    const uint32_t before = tick_++;
-    if (whole) {
-        floor_ = before;
-    } else {
-        if (!narrow_) known_.assign(threads_ * threads_, 0);
-        narrow_ = true;
-        joined_.assign(threads_, 0);
-        for (const Thread* thread : releasers) {
-            const uint32_t* known = &known_[thread->index * threads_];
-            for (size_t i = 0; i < threads_; ++i) joined_[i] = std::max(joined_[i], known[i]);
-            joined_[thread->index] = std::max(joined_[thread->index], thread->clock);
-        }
-        for (const Thread* thread : acquirers) {
-            uint32_t* known = &known_[thread->index * threads_];
-            for (size_t i = 0; i < threads_; ++i) known[i] = std::max(known[i], joined_[i]);
-        }
-    }
-    for (Thread* thread : releasers) thread->clock = tick_;
-    for (Thread* thread : acquirers) thread->clock = tick_;
-}
-
 namespace {
 
 // Zeroed memory that costs nothing until it is touched.
@@ -73,8 +44,16 @@ void Shadow::resize(size_t bytes, size_t threads) {
     }
     // Stamps left over from earlier launches are all below the floor: they need no clearing.
     threads_ = threads;
+    warps_ = (threads + 31) / 32;
+    granules_.clear();
+    warp_stamps_.clear();
     legal_.assign(bytes, 0);
     split_.assign(bytes / 4, 0);
+}
+
+void Shadow::begin_block(unsigned rank) {
+    rank_ = rank;
+    base_ = rank * clock_.stride();
 }
 
 void Shadow::allow(size_t offset, size_t bytes, Legality legality) {
@@ -106,38 +85,32 @@ template <class F> void Shadow::each_cell(size_t offset, size_t bytes, F visit) 
     }
 }
 
-void Shadow::touch(Thread& thread, const Clock& clock, Access access, size_t offset, size_t bytes, const char* pc) {
-    each_cell(offset, bytes, [&](Cell& cell, size_t at) { touch_cell(thread, clock, access, cell, at, pc); });
+void Shadow::touch(Thread& thread, Access access, size_t offset, size_t bytes, const char* pc) {
+    each_cell(offset, bytes, [&](Cell& cell, size_t at) { touch_cell(thread, access, cell, at, pc); });
 }
 
-inline void Shadow::touch_cell(Thread& thread, const Clock& clock, Access access, Cell& cell, size_t offset,
-                               const char* pc) {
-    if (access != Access::kWrite) {
-        if (cell.write < clock.birth())
-            thread.fail(Failure::kUninitialised, pc,
-                        "reads " + thread.block->describe_shared(offset) + ", which no thread of this block has written");
-        check_read(thread, clock, cell, offset, pc);
-    }
-    if (access == Access::kRead) return record_read(thread, clock, cell, offset, pc);
-    check_write(thread, clock, access, cell, offset, pc);
+inline void Shadow::touch_cell(Thread& thread, Access access, Cell& cell, size_t offset, const char* pc) {
+    if (access != Access::kWrite) check_read(thread, thread, cell, offset, pc);
+    if (access == Access::kRead) return record_read(thread, cell, offset, pc);
+    check_write(thread, access, cell, offset, pc);
     cell = {thread.clock, 0, pc, nullptr, thread.index, 0, access == Access::kAtomic, false};
 }
 
-inline void Shadow::check_read(Thread& thread, const Clock& clock, Cell& cell, size_t offset, const char* pc) {
-    if (cell.write == kInFlight)
-        thread.fail(Failure::kInFlight, pc,
-                    "reads " + thread.block->describe_shared(offset) + ", which an asynchronous copy of " +
-                        thread.block->name(cell.writer) + " (" + source(cell.write_pc) + ") may still be writing");
-    if (!cell.atomic && !clock.ordered(thread.index, cell.writer, cell.write))
+inline void Shadow::check_read(Thread& thread, const Agent& agent, Cell& cell, size_t offset, const char* pc) {
+    if (cell.write < clock_.birth())
+        thread.fail(Failure::kUninitialised, pc,
+                    "reads " + owner_.describe_shared(offset) + ", which no thread of this block has written");
+    if (cell.write == kInFlight) report_in_flight(thread, "reads ", cell, offset, pc);
+    if (!cell.atomic && !ordered(agent, cell.writer, cell.write))
         report_race(thread, offset, false, cell.writer, true, cell.write_pc, pc);
 }
 
-inline void Shadow::record_read(Thread& thread, const Clock& clock, Cell& cell, size_t offset, const char* pc) {
-    if (cell.atomic && !clock.ordered(thread.index, cell.writer, cell.write))
+inline void Shadow::record_read(Thread& thread, Cell& cell, size_t offset, const char* pc) {
+    if (cell.atomic && !ordered(thread, cell.writer, cell.write))
         report_race(thread, offset, false, cell.writer, true, cell.write_pc, pc);
     if (cell.shared) {
         readers(offset)[thread.index] = thread.clock;
-    } else if (cell.reader != thread.index && !clock.ordered(thread.index, cell.reader, cell.read)) {
+    } else if (cell.reader != thread.index && !ordered(thread, cell.reader, cell.read)) {
         uint32_t* stamps = readers(offset);
         std::fill_n(stamps, threads_, 0u);
         stamps[cell.reader] = cell.read;
@@ -149,46 +122,99 @@ inline void Shadow::record_read(Thread& thread, const Clock& clock, Cell& cell, 
     cell.read_pc = pc;
 }
 
-inline void Shadow::check_write(Thread& thread, const Clock& clock, Access access, Cell& cell, size_t offset,
-                                const char* pc) {
-    if (cell.write == kInFlight)
-        thread.fail(Failure::kInFlight, pc,
-                    "writes " + thread.block->describe_shared(offset) + ", which an asynchronous copy of " +
-                        thread.block->name(cell.writer) + " (" + source(cell.write_pc) + ") may still be writing");
+inline void Shadow::check_write(Thread& thread, Access access, Cell& cell, size_t offset, const char* pc) {
+    if (cell.write == kInFlight) report_in_flight(thread, "writes ", cell, offset, pc);
     const bool both_atomic = access == Access::kAtomic && cell.atomic;
-    if (!both_atomic && !clock.ordered(thread.index, cell.writer, cell.write))
+    if (!both_atomic && !ordered(thread, cell.writer, cell.write))
         report_race(thread, offset, true, cell.writer, true, cell.write_pc, pc);
-    if (cell.read <= clock.floor()) return;
+    if (!granules_.empty()) check_async_reads(thread, offset, pc);
+    if (cell.read <= clock_.floor(thread, rank_)) return;
     if (!cell.shared) {
-        if (!clock.ordered(thread.index, cell.reader, cell.read))
+        if (!ordered(thread, cell.reader, cell.read))
             report_race(thread, offset, true, cell.reader, false, cell.read_pc, pc);
         return;
     }
     const uint32_t* stamps = readers(offset);
     for (size_t other = 0; other < threads_; ++other)
-        if (!clock.ordered(thread.index, static_cast<uint32_t>(other), stamps[other]))
-            report_race(thread, offset, true, static_cast<uint16_t>(other), false, cell.read_pc, pc);
+        if (!ordered(thread, other, stamps[other])) report_race(thread, offset, true, other, false, cell.read_pc, pc);
 }
 
-void Shadow::launch_copy(Thread& thread, const Clock& clock, size_t offset, size_t bytes, const char* pc) {
+void Shadow::check_async_reads(Thread& thread, size_t offset, const char* pc) {
+    const Granule& granule = granules_[offset / 16];
+    if (granule.in_flight)
+        thread.fail(Failure::kOperand, pc,
+                    "writes " + owner_.describe_shared(offset) + ", which an asynchronous operation started at " +
+                        source(granule.pc) + " and not waited for may still be reading");
+    if (granule.latest <= clock_.floor(thread, rank_)) return;
+    const uint32_t* stamps = &warp_stamps_[offset / 16 * warps_];
+    for (size_t warp = 0; warp < warps_; ++warp)
+        if (!ordered(thread, threads_ + warp, stamps[warp]))
+            report_race(thread, offset, true, threads_ + warp, false, granule.pc, pc);
+}
+
+void Shadow::launch_copy(Thread& thread, bool bulk, uint16_t writer, size_t offset, size_t bytes, const char* pc) {
     each_cell(offset, bytes, [&](Cell& cell, size_t at) {
-        check_write(thread, clock, Access::kWrite, cell, at, pc);
-        cell = {kInFlight, 0, pc, nullptr, thread.index, 0, false, false};
+        check_write(thread, Access::kWrite, cell, at, pc);
+        if (bulk) check_fenced(thread, thread, cell, at, "is about to be overwritten by", pc);
+        cell = {kInFlight, 0, pc, nullptr, writer, 0, false, false};
     });
 }
 
-void Shadow::land_copy(Thread& thread, size_t offset, size_t bytes, const char* pc) {
+void Shadow::land_copy(uint32_t stamp, uint16_t writer, size_t offset, size_t bytes, const char* pc) {
     each_cell(offset, bytes, [&](Cell& cell, size_t) {
-        cell = {thread.clock, 0, pc, nullptr, thread.index, 0, false, false};
+        cell = {stamp, 0, pc, nullptr, writer, 0, false, false};
     });
 }
 
-void Shadow::report_race(Thread& thread, size_t offset, bool writes, uint16_t other, bool other_wrote,
+void Shadow::begin_read(Thread& thread, const Agent& agent, size_t offset, size_t bytes, const char* pc) {
+    if (granules_.empty()) {
+        granules_.assign((bytes_ + 15) / 16 + 1, {});
+        warp_stamps_.assign(granules_.size() * warps_, 0);
+    }
+    each_cell(offset, bytes, [&](Cell& cell, size_t at) {
+        check_read(thread, agent, cell, at, pc);
+        check_fenced(thread, agent, cell, at, "is about to be read by", pc);
+    });
+    for (size_t i = offset / 16; i < (offset + bytes + 15) / 16; ++i) {
+        ++granules_[i].in_flight;
+        granules_[i].pc = pc;
+    }
+}
+
+void Shadow::end_read(uint32_t stamp, unsigned warp, size_t offset, size_t bytes) {
+    for (size_t i = offset / 16; i < (offset + bytes + 15) / 16; ++i) {
+        --granules_[i].in_flight;
+        granules_[i].latest = stamp;
+        warp_stamps_[i * warps_ + warp] = stamp;
+    }
+}
+
+void Shadow::forget_reads() {
+    for (Granule& granule : granules_) granule.in_flight = 0;
+}
+
+// Writes by threads go through the generic proxy: a fence must lie between them and the asynchronous proxy's accesses.
+void Shadow::check_fenced(Thread& thread, const Agent& agent, const Cell& cell, size_t offset, const char* verb,
+                          const char* pc) {
+    const bool generic = cell.write >= clock_.birth() && cell.writer < threads_;
+    if (generic && !clock_.fenced(agent, static_cast<uint32_t>(base_ + cell.writer), cell.write))
+        thread.fail(Failure::kFence, pc,
+                    "starts an asynchronous operation, and " + owner_.describe_shared(offset) + ", which " +
+                        owner_.agent_name(cell.writer) + " wrote at " + source(cell.write_pc) + ", " + verb +
+                        " it with no fence.proxy.async between the two");
+}
+
+void Shadow::report_in_flight(Thread& thread, const char* verb, const Cell& cell, size_t offset, const char* pc) {
+    thread.fail(Failure::kInFlight, pc,
+                verb + owner_.describe_shared(offset) + ", which an asynchronous copy of " +
+                    owner_.agent_name(cell.writer) + " (" + source(cell.write_pc) + ") may still be writing");
+}
+
+void Shadow::report_race(Thread& thread, size_t offset, bool writes, size_t other, bool other_wrote,
                          const char* other_pc, const char* pc) {
-    Block& block = *thread.block;
     thread.fail(Failure::kRace, pc,
-                std::string(writes ? "writes " : "reads ") + block.describe_shared(offset) + ", which " +
-                    block.name(other) + (other_wrote ? " wrote at " : " read at ") + source(other_pc) +
+                std::string(writes ? "writes " : "reads ") + owner_.describe_shared(offset) + ", which " +
+                    owner_.agent_name(other) + (other_wrote ? " wrote at " : " read at ") + source(other_pc) +
                     ", and no barrier orders the two");
 }
 

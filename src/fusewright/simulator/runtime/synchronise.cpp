@@ -1,10 +1,8 @@
 // Barriers, warp collectives, and what to say when nobody can go on.
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <tuple>
 
-#include "block.hpp"
+#include "cluster.hpp"
 
 namespace fusewright_simulator {
 
@@ -77,7 +75,9 @@ void Block::complete_barrier(Barrier& barrier) {
     const auto counted = static_cast<unsigned>(std::count_if(completed.arrived.begin(), completed.arrived.end(),
                                                              [](const Thread* thread) { return thread->predicate; }));
     for (Thread* thread : completed.waiting) thread->counted = counted;
-    clock_.synchronise(completed.arrived, completed.waiting, completed.waiting.size() == live_);
+    clock_.synchronise(completed.arrived, completed.waiting,
+                       completed.waiting.size() == live_ ? Clock::Extent::kBlock : Clock::Extent::kSome);
+    ++cluster_.progress;
     make_ready(completed.waiting);
 }
 
@@ -103,8 +103,12 @@ const Exchange& Block::exchange(Thread& thread, const char* operation, uint32_t 
     thread.state = Thread::kInExchange;
     exchange_lanes_[warp] |= 1u << thread.lane();
     const uint32_t present = mask & live_lanes_[warp];
-    if ((present & ~exchange_lanes_[warp]) == 0) complete_exchange(warp, mask, present);
+    if ((present & ~exchange_lanes_[warp]) == 0) {
+        if (thread.action) (this->*thread.action)(thread);
+        complete_exchange(warp, mask, present);
+    }
     wait(thread);
+    thread.action = nullptr;
     return thread.received;
 }
 
@@ -129,51 +133,39 @@ void Block::complete_exchange(unsigned warp, uint32_t mask, uint32_t present) {
         }
     for (Thread* thread : group) thread->received = all;
     // Of the warp's collectives only this one orders memory.
-    if (std::strcmp(group[0]->operation, "__syncwarp") == 0) clock_.synchronise(group, group, group.size() == live_);
+    if (std::strcmp(group[0]->operation, "__syncwarp") == 0) 
+        clock_.synchronise(group, group, group.size() == live_ ? Clock::Extent::kBlock : Clock::Extent::kSome);
+    ++cluster_.progress;
     exchange_lanes_[warp] &= ~mask;
     make_ready(group);
 }
 
 std::string Block::waiting_for(const Thread& thread) const {
     std::string text = name(thread.index) + " waits ";
+    const std::string place = " (" + source(thread.pc) + ")";
     if (thread.state == Thread::kAtBarrier) {
         const Barrier& barrier = barriers_[thread.barrier];
-        text += "at barrier " + std::to_string(thread.barrier) + " (" + source(thread.pc) + "), where " +
-                std::to_string(barrier.arrived.size()) + " of " +
-                std::to_string(barrier.expected ? barrier.expected : live_) + " threads have arrived";
-    } else {
-        const unsigned warp = thread.index / 32;
-        text += std::string("in ") + thread.operation + " (" + source(thread.pc) + ") for lanes " +
-                hexadecimal(thread.mask & live_lanes_[warp] & ~exchange_lanes_[warp]) + " of its warp";
+        return text + "at barrier " + std::to_string(thread.barrier) + place + ", where " +
+               std::to_string(barrier.arrived.size()) + " of " +
+               std::to_string(barrier.expected ? barrier.expected : live_) + " threads have arrived";
     }
-    return text;
-}
-
-void Block::report_deadlock(SimulatorFailure& failure) {
-    // One line for all who wait for the same thing at the same place.
-    std::map<std::tuple<int, unsigned, unsigned, const char*>, std::pair<const Thread*, unsigned>> groups;
-    const Thread* first = nullptr;
-    for (const Thread& thread : threads_) {
-        if (thread.state == Thread::kFinished) continue;
-        if (!first) first = &thread;
-        const bool barrier = thread.state == Thread::kAtBarrier;
-        auto& group = groups[{thread.state, barrier ? thread.barrier : thread.index / 32, barrier ? 0 : thread.mask,
-                              thread.pc}];
-        if (!group.first) group.first = &thread;
-        ++group.second;
+    if (thread.state == Thread::kAtMbarrier) {
+        const Mbarrier& barrier = *thread.mbarrier;
+        return text + "for the phase of parity " + std::to_string(thread.parity) + " of the mbarrier at " +
+               describe_shared(barrier.offset) + place + ", which is in phase " + std::to_string(barrier.phase) +
+               " with " + std::to_string(barrier.expected - barrier.pending) + " of " +
+               std::to_string(barrier.expected) + " arrivals and " + std::to_string(barrier.bytes) +
+               " bytes still to come";
     }
-    std::string message = "and the others that are left can never go on:";
-    for (const auto& entry : groups) {
-        const auto& [thread, count] = entry.second;
-        message += "\n  " + waiting_for(*thread);
-        if (count > 1) message += ", and so do " + std::to_string(count - 1) + " more";
-    }
-    failed_ = true;
-    failure.kind = Failure::kDeadlock;
-    std::copy_n(index_.begin(), 3, failure.block);
-    std::copy_n(first->position.begin(), 3, failure.thread);
-    failure.pc = 0;
-    std::snprintf(failure.message, sizeof failure.message, "%s", message.c_str());
+    if (thread.state == Thread::kAtCluster)
+        return text + "at the cluster's barrier" + place + ", where " + std::to_string(cluster_.arrived()) + " of " +
+               std::to_string(cluster_.live()) + " threads have arrived";
+    const unsigned warp = thread.index / 32;
+    if (thread.state == Thread::kForRegisters)
+        return text + "for " + std::to_string(warps_[warp].wanted) + " registers a thread" + place +
+               "; its block has " + std::to_string(free_registers_) + " left";
+    return text + "in " + thread.operation + place + " for lanes " +
+           hexadecimal(thread.mask & live_lanes_[warp] & ~exchange_lanes_[warp]) + " of its warp";
 }
 
 // ---- What kernels call ------------------------------------------------------------------------------------------
