@@ -178,7 +178,7 @@ def _check_without_gpu(
     failed = [o for o in (outcome.plan, outcome.kernels) if o is not None and not o.passed]
     if failed:
         raise WrongResult(f"{failed[0].where} is wrong at {outcome.sizes}; nothing was written. Please report this.")
-    return {"simulated": True, **asdict(outcome)}
+    return {"passed": True, "simulated": True, **asdict(outcome)}
 
 
 def checked(outcome: plan_check.PlanCheck) -> Group:
@@ -226,4 +226,4 @@ def _verify_and_write(request: Request, text: str, console: Console) -> dict[str
         if not report.passed:
             raise WrongResult("the file is not as correct as the model, so it was not written; please report this")
         write(request.out, text)
-    return {"simulated": False, **asdict(report)}
+    return {"passed": True, "simulated": False, **asdict(report)}
