@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 # Pixels between neighbours of a row, between rows, and around the drawing.
 GAP, ROW_GAP, MARGIN = 12.0, 34.0, 4.0
-_SWEEPS = 6
+_SWEEPS, _SETTLING = 12, 24
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _centres(
 ) -> dict[Hashable, float]:
     """Sweeps down and up: each row in the order of its neighbours' mean, then as close to it as the widths allow."""
     centres = {key: float(place) for row in table for place, key in enumerate(row)}
-    for sweep in range(2 * _SWEEPS):
+    for sweep in range(_SWEEPS + _SETTLING):
         neighbours = above if sweep % 2 == 0 else below
         for row in table if sweep % 2 == 0 else reversed(table):
             wanted = {k: _mean([centres[n] for n in neighbours[k]], centres[k]) for k in row}
