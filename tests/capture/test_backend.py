@@ -425,6 +425,16 @@ def test_cpu_tensors_go_to_inductor_with_one_line(caplog: pytest.LogCaptureFixtu
     assert len(caplog.messages) == 1
 
 
+def test_frozen_parameters_refuse_gradients() -> None:
+    model, x = Headline(), torch.randn(5, 9)
+    run = torch.compile(model, backend="fusewright", options={**SIMULATE, "freeze": True})
+    with pytest.raises(Exception, match=r"torch\.no_grad") as error:
+        run(x)
+    assert "FrozenGradients" in repr(error.value)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_bad_options_and_devices_are_named() -> None:
     with pytest.raises(Exception, match="speed") as error:
         torch.compile(lambda x: x + 1, backend="fusewright", options={"speed": 1})(torch.randn(3))

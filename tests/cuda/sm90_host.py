@@ -64,15 +64,12 @@ extern "C" __global__ void __launch_bounds__(Simt::kThreads, Simt::kBlocksPerMul
 patch(const float* __restrict__ a, int64_t a_row_stride, const float* __restrict__ b, int64_t b_column_stride,
       int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
       const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
-    // The tile that GemmSimt gives to this block.
-    const int rows = int((M + 127) / 128), columns = int((N + 127) / 128);
-    const int group = blockIdx.x / (Simt::kGroupM * columns), within = blockIdx.x % (Simt::kGroupM * columns);
-    const int height = min(Simt::kGroupM, rows - group * Simt::kGroupM);
-    const int64_t m = int64_t(group * Simt::kGroupM + within % height) * 128, n = int64_t(within / height) * 128;
-    const auto x = fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true);
-    const auto y = fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true);
-    const int64_t tile = m / 128 * columns + n / 128;
-    if (fusewright::split_tile_out_of_range(x, m, min(m + 128, M), y, n, min(n + 128, N), lost + 8 * tile))
+    const fusewright::SplitPatch<128, 128, 128, 128> found{{fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true),
+        fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true), lost, M, N}};
+    int64_t m;
+    int n;
+    Simt::locate(blockIdx.x, M, N, m, n);
+    if (__syncthreads_or(found.sees(m, n)))
         Simt::run(a, a_row_stride, 1, b, 1, b_column_stride, M, N, K, Epilogue{{bias, out, N, factor, slope}});
 }}
 """

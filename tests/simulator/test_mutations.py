@@ -127,7 +127,8 @@ OUT_OF_RANGE = (
     SPLIT
     + """out_of_range(const int* halves, const uint8_t* lost, int* out, int64_t n) {
     const auto x = fusewright::SplitOperand::of(halves, {2, n, 8}, true);
-    out[threadIdx.x] = fusewright::split_tile_out_of_range(x, 0, n, x, 0, 0, lost); }"""
+    const fusewright::SplitPatch<200, 1, 256, 256> patch{x, x, lost, n, 0};
+    out[threadIdx.x] = __syncthreads_or(patch.sees(0, 0)); }"""
 )
 
 

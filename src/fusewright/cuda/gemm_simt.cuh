@@ -132,11 +132,20 @@ struct GemmSimt {
     __device__ __forceinline__ static void run(const Element* a, int64_t a_row_stride, int64_t a_k_stride,
                                                const Element* b, int64_t b_k_stride, int64_t b_col_stride, int64_t M,
                                                int64_t N, int64_t K, const Epilogue& epilogue) {
-        extern __shared__ __align__(16) unsigned char dynamic_shared[];
-        Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         int64_t first_m;
         int first_n;
-        locate(M, N, first_m, first_n);
+        locate(blockIdx.x, M, N, first_m, first_n);
+        run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, first_m, first_n, epilogue);
+    }
+
+    // One tile. A block that computes several passes a barrier between them.
+    template <class Epilogue>
+    __device__ __forceinline__ static void run_tile(const Element* a, int64_t a_row_stride, int64_t a_k_stride,
+                                                    const Element* b, int64_t b_k_stride, int64_t b_col_stride,
+                                                    int64_t M, int64_t N, int64_t K, int64_t first_m, int first_n,
+                                                    const Epilogue& epilogue) {
+        extern __shared__ __align__(16) unsigned char dynamic_shared[];
+        Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         A operand_a(a, a_row_stride, a_k_stride, first_m, M);
         B operand_b(b, b_col_stride, b_k_stride, first_n, N);
 
@@ -185,11 +194,11 @@ struct GemmSimt {
         finish(shared, first_m, first_n, M, N, epilogue);
     }
 
-    // The block's tile. Tiles go down kGroupM rows before they go on to the next columns: blocks that run together then
-    // share rows of A and columns of B in the L2 cache.
-    __device__ __forceinline__ static void locate(int64_t M, int64_t N, int64_t& first_m, int& first_n) {
+    // Where a tile begins. Tiles go down kGroupM rows before they go on to the next columns: blocks that run together
+    // then share rows of A and columns of B in the L2 cache.
+    __device__ __forceinline__ static void locate(int tile, int64_t M, int64_t N, int64_t& first_m, int& first_n) {
         const int tiles_m = int((M + TileM - 1) / TileM), tiles_n = int((N + TileN - 1) / TileN);
-        const int group = blockIdx.x / (kGroupM * tiles_n), within = blockIdx.x % (kGroupM * tiles_n);
+        const int group = tile / (kGroupM * tiles_n), within = tile % (kGroupM * tiles_n);
         const int below = tiles_m - group * kGroupM, height = below < kGroupM ? below : kGroupM;
         first_m = int64_t(group * kGroupM + within % height) * TileM;
         first_n = within / height * TileN;

@@ -45,17 +45,26 @@ struct SplitOperand {
     __device__ __forceinline__ bool out_of_range(int64_t i) const { return split_out_of_range(magnitudes[i], *exponent); }
 };
 
-// Scan, then patch: whether a tile of a product holds a row of a or a column of b that is out of range, or one of the
-// eight warps that computed it lost bits. The patch is a launch of the float32 kernel in which each block asks this
-// first, and leaves at once where all is well. All threads of a block call it together.
-__device__ __forceinline__ bool split_tile_out_of_range(const SplitOperand& a, int64_t first_row, int64_t last_row,
-                                                        const SplitOperand& b, int64_t first_column,
-                                                        int64_t last_column, const uint8_t* lost) {
-    bool found = *reinterpret_cast<const uint64_t*>(lost) != 0;
-    for (int64_t i = first_row + threadIdx.x; i < last_row; i += blockDim.x) found |= a.out_of_range(i);
-    for (int64_t i = first_column + threadIdx.x; i < last_column; i += blockDim.x) found |= b.out_of_range(i);
-    return __syncthreads_or(found);
-}
+// Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN, that computes again what has a row of a or a
+// column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN) lost bits.
+template <int kM, int kN, int kTileM, int kTileN> struct SplitPatch {
+    const SplitOperand a, b;
+    const uint8_t* lost;
+    int64_t M, N;
+
+    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
+
+    // Whether something is wrong in the share that this thread of the block looks at.
+    __device__ __forceinline__ bool sees(int64_t m, int n) const {
+        const int64_t tile = m / kTileM * ((N + kTileN - 1) / kTileN) + n / kTileN;
+        bool found = reinterpret_cast<const uint64_t*>(lost)[tile] != 0;
+        for (int i = threadIdx.x; i < kM; i += blockDim.x)
+            if (m + i < M) found |= a.out_of_range(m + i);
+        for (int i = threadIdx.x; i < kN; i += blockDim.x)
+            if (n + i < N) found |= b.out_of_range(n + i);
+        return found;
+    }
+};
 
 // A float32 matrix and the buffer for its halves.
 struct SplitMatrix {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from fusewright.chip import Chip
@@ -59,15 +60,17 @@ DOUBLE = (Config(64, 64, 8, 4, 4, resident=2, efficiency=0.3),)
 
 @dataclass(frozen=True)
 class Guard:
-    """Lets each block decide whether it computes its tile: further parameters of the kernel, and what it does first.
+    """Lets blocks decide which tiles they compute: further parameters of the kernel, and what it does first.
 
-    lines: C++ in which `Gemm` names the product; a block returns where there is nothing to do.
+    before: C++ in which `Gemm` names the product; it ends within a loop over tiles, with the first row and column of
+    one in `m` and `n`. blocks: how many, at most.
     """
 
     name: str
     header: str
     parameters: tuple[tuple[str, Arg], ...]
-    lines: tuple[str, ...]
+    blocks: int
+    before: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,7 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         f"// {comment(region)}",
         'extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)',
         *call(name, declared, " {"),
-        *("    " + line for line in (guard.lines if guard else ())),
-        *("    " + line for line in call("Gemm::run", [*passed, initialiser(epilogue)], ";")),
+        *("    " + line for line in _body(passed, initialiser(epilogue), guard)),
         "}",
     ]
     m, k = gemm.a.shape
@@ -149,19 +151,30 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         *(arg for _, arg in guarding),
         *(p.arg for p in epilogue.parameters),
     )
-    grid: Size = blocks(m, config.tile_m) * blocks(n, config.tile_n)
+    tiles: Size = blocks(m, config.tile_m) * blocks(n, config.tile_n)
     return LaunchSpec(
         kernel=name,
         source=translation_unit(
             ("gemm_simt.cuh", *([guard.header] if guard else []), "scalar.cuh"), epilogue, alias, "\n".join(kernel)
         ),
-        grid=(grid, 1, 1),
+        grid=(smaller(tiles, guard.blocks) if guard else tiles, 1, 1),
         block=(config.threads(), 1, 1),
         args=args,
         shared_bytes=config.shared_bytes(gemm.accumulator),
         comment=comment(region),
         unaligned=gemm_launch(region, config, wide=False, guard=guard) if vectorised or epilogue.aligned else None,
     )
+
+
+def _body(passed: Sequence[str], epilogue: str, guard: Guard | None) -> list[str]:
+    if guard is None:
+        return call("Gemm::run", [*passed, epilogue], ";")
+    lines = call("Gemm::run_tile", [*passed, "m", "n", epilogue], ";")
+    return [*guard.before, *("    " + line for line in lines), "}"]
+
+
+def smaller(a: Size, b: Size) -> Size:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else sympy.Min(a, b)
 
 
 def blocks(size: Size, tile: int) -> Size:

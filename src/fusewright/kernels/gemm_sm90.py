@@ -24,14 +24,13 @@ from fusewright.fusion.plan import Gemm, Region
 from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels import gemm_simt
 from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
-from fusewright.kernels.gemm_simt import blocks, gemm_launch
+from fusewright.kernels.gemm_simt import blocks, gemm_launch, smaller
 from fusewright.kernels.split_f16 import (
     Operand,
     SplitOperand,
     lost_arg,
     lost_flags,
     patch_guard,
-    smaller,
     split_seconds,
 )
 
@@ -170,7 +169,7 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     a, b = (SplitOperand(n, m, e) for n, m, e in zip("ab", (gemm.a, gemm.b), gemm.encoded, strict=True))
     # Of few products only float32 sums are accurate enough; of none there is nothing to split.
     least = _LEAST_K[3] if _products(gemm) == 3 else 1
-    guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least)
+    guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least, chip)
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
     seconds = _region_seconds(region, tile, chip) + _LAUNCH
     workspaces = (lost_flags(blocks(a.extent, tile.m) * blocks(b.extent, tile.n)),)

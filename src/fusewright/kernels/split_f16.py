@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sympy
 import torch
 
 from fusewright.chip import Chip
@@ -18,7 +17,7 @@ from fusewright.codegen.text import call
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Matrix
 from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.base import Program
-from fusewright.kernels.gemm_simt import Guard, blocks, major
+from fusewright.kernels.gemm_simt import Guard, blocks, major, smaller
 
 FAMILY = "split_f16"
 HEADER = "split_f16.cuh"
@@ -217,29 +216,36 @@ def lost_arg(written: bool) -> BufferArg:
 
 
 def patch_guard(
-    a: SplitOperand, b: SplitOperand, patch: tuple[int, int], tile: tuple[int, int], least_k: Size
+    a: SplitOperand, b: SplitOperand, patch: tuple[int, int], tile: tuple[int, int], least_k: int, chip: Chip
 ) -> Guard:
-    """Lets a block of `GemmSimt` leave unless its tile has a row or a column that the halves cannot hold.
+    """Has blocks of `GemmSimt` compute the tiles alone in which a row or a column is what the halves cannot hold.
 
-    patch, tile: rows and columns of the patch's tiles and of the product's. least_k: it stays where K is smaller.
+    patch, tile: rows and columns of the patch's tiles and of the product's. least_k: where K is smaller, all tiles.
     """
-    lost = f"lost + {_WARPS} * (m / {tile[0]} * ((N + {tile[1] - 1}) / {tile[1]}) + n / {tile[1]})"
-    wrong = call(
-        "const bool wrong = fusewright::split_tile_out_of_range",
-        [
-            *(a.device(), "m", f"min(m + {patch[0]}, M)"),
-            *(b.device(), "n", f"min(int64_t(n) + {patch[1]}, N)", lost),
-        ],
-        ";",
-    )
-    leave = "if (!wrong) return;" if isinstance(a.matrix.shape[1], int) else f"if (!wrong && K >= {least_k}) return;"
+    constants = ", ".join(str(n) for n in (*patch, *tile))
+    setup = call(f"const fusewright::SplitPatch<{constants}> patch", [a.device(), b.device(), "lost", "M", "N"], ";")
+    setup[0], setup[-1] = setup[0].replace("patch(", "patch{"), setup[-1].replace(");", "};")
+    seen = "patch.sees(m, n)" if isinstance(a.matrix.shape[1], int) else f"(patch.sees(m, n) || K < {least_k})"
+    tiles = "for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {"
     return Guard(
         name="patch",
         header=HEADER,
         parameters=(a.parameter(), b.parameter(), ("const uint8_t* __restrict__ lost", lost_arg(False))),
-        lines=("int64_t m;", "int n;", "Gemm::locate(M, N, m, n);", *wrong, leave),
+        # Neighbouring tiles below each other are 8 apart: by an odd number of blocks those of a row go to many.
+        blocks=2 * chip.multiprocessors - 1,
+        before=(
+            *setup,
+            "int64_t m;",
+            "int n;",
+            "bool found = false;  // nearly always nothing is wrong in any of a block's tiles",
+            "#pragma unroll 4",
+            tiles,
+            "    Gemm::locate(tile, M, N, m, n);",
+            f"    found |= {seen};",
+            "}",
+            "if (!__syncthreads_or(found)) return;",
+            tiles,
+            "    Gemm::locate(tile, M, N, m, n);",
+            f"    if (!__syncthreads_or({seen})) continue;",
+        ),
     )
-
-
-def smaller(a: Size, b: Size) -> Size:
-    return min(a, b) if isinstance(a, int) and isinstance(b, int) else sympy.Min(a, b)
