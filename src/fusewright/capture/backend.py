@@ -13,7 +13,7 @@ from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
 from fusewright import compiler
-from fusewright.capture.fx import from_fx
+from fusewright.capture.fx import from_fx, host_numbers
 from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
 from fusewright.errors import FrozenGradients, MixedDevices
@@ -78,7 +78,7 @@ def fusewright(
             check(executable_of(built).plan, is_backward(graph))
         run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS)) if settings.cuda_graphs else built
         donate_nothing()
-        boxed: Callable[..., Any] = make_boxed_func(run)
+        boxed: Callable[..., Any] = make_boxed_func(_bringing(run, host_numbers(graph), device))
         return boxed
 
     compiled: Callable[..., Any] = aot_autograd(
@@ -89,6 +89,20 @@ def fusewright(
         decompositions=decompositions(),
     )(module, example_inputs)
     return compiled
+
+
+def _bringing(run: Callable[..., Any], numbers: Sequence[int], device: torch.device) -> Callable[..., Any]:
+    """Brings arguments that are numbers on the CPU to the device; Python floats that change come so."""
+    if not numbers or device.type == "cpu":
+        return run
+
+    def call(*arguments: Any) -> Any:
+        brought = list(arguments)
+        for i in numbers:
+            brought[i] = brought[i].to(device, non_blocking=True)
+        return run(*brought)
+
+    return call
 
 
 def target_for(device: torch.device, settings: Settings) -> Target:

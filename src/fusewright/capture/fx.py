@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fusewright.ir.graph import (
     Operand,
     Origin,
     Output,
+    TensorType,
     accumulator_dtype,
     base_of,
 )
@@ -88,7 +90,12 @@ class Importer:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             return self.builder.node("size", value=size_of(value), input=index)
-        return self.builder.node("input", (), type_of(value), index=index)
+        return self.builder.node("input", (), self.type_here(value), index=index)
+
+    def type_here(self, value: Any) -> TensorType | None:
+        """The type of a value on the graph's device, where numbers that are computed on the CPU are, too."""
+        type = type_of(value)
+        return replace(type, device=self.device) if type is not None and is_host_number(value) else type
 
     def held(self, tensor: torch.Tensor, node: fx.Node) -> Node:
         """A tensor that the graph itself holds, such as one that the model makes of numbers."""
@@ -192,7 +199,8 @@ class Importer:
     def taken_apart(self, node: fx.Node, value: torch.Tensor) -> bool:
         """Whether every tensor involved is a plain one, of a known dtype, and on the graph's device.
 
-        Numbers may be on the CPU, and so may a scalar that is computed of nothing else.
+        Numbers may be on the CPU, and so may a scalar that is computed of nothing else; those that are arguments come
+        with the call, which brings them to the device.
         """
         sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         placed = [n.meta["val"] for n in sources if not self.is_number(n)]
@@ -205,7 +213,9 @@ class Importer:
 
     def is_number(self, node: fx.Node) -> bool:
         known = self.values[node]
-        return known is not None and known.op == "constant"
+        if known is None or known.op == "aten" or known.op == "item":
+            return False
+        return known.op == "constant" or is_host_number(node.meta.get("val"))
 
     def row(self, name: str, value: torch.Tensor, arguments: dict[str, Any]) -> Node | None:
         row = ROWS[name]
@@ -258,7 +268,7 @@ class Importer:
 
     def restride(self, node: Node, value: torch.Tensor) -> Node:
         """The same node with the layout that eager gives the result."""
-        wanted = type_of(value)
+        wanted = self.type_here(value)
         if node.op in ("input", "constant") or node.type == wanted:
             return node
         return self.builder.node(node.op, node.inputs, wanted, **dict(node.attributes))
@@ -285,6 +295,16 @@ def _device_of(module: fx.GraphModule) -> torch.device:
     made = (n.meta.get("val") for n in module.graph.nodes)
     devices |= dict.fromkeys(v.device for v in made if isinstance(v, torch.Tensor))
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def host_numbers(module: fx.GraphModule) -> list[int]:
+    """The arguments that are numbers on the CPU and are used; a graph expects them on its device."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return [i for i, p in enumerate(placeholders) if p.users and is_host_number(p.meta.get("val"))]
+
+
+def is_host_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
 
 
 def _bind(target: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:

@@ -90,7 +90,6 @@ class Replayed:
         self,
         run: Run,
         sizes: Callable[[Sequence[Any]], Hashable],
-        device: torch.device,
         recorder: Recorder,
         *,
         fixed: Collection[int] = (),
@@ -101,7 +100,6 @@ class Replayed:
         the results are the caller's; those after them are for backward. fallbacks: what runs as ATen, for messages."""
         self.run = run
         self.sizes = sizes
-        self.device = device
         self.recorder = recorder
         self.fixed = frozenset(fixed)
         self.results = results
@@ -117,7 +115,6 @@ class Replayed:
         return cls(
             executable,
             lambda arguments: tuple(inner.sizes(arguments).values()),
-            inner.device,
             CudaRecorder(inner.device),
             fixed=fixed,
             results=results,
@@ -145,7 +142,7 @@ class _Sized:
     def __init__(self, owner: Replayed, arguments: Sequence[Any]) -> None:
         self.owner = owner
         self.recordings: dict[tuple[Any, ...], _Recording | None] = {}
-        self.place = [_placing(a, owner.device) for a in arguments]
+        self.place = [_placing(a) for a in arguments]
         self.seen: list[set[Any]] = [set() for _ in arguments]
         self.copied_out: frozenset[int] = frozenset()
         self.captures = 0
@@ -304,11 +301,9 @@ def _view_of(i: int, arguments: Sequence[Any], result: Tensor) -> Make:
     return lambda fresh, arguments: arguments[i].as_strided(size, stride, arguments[i].storage_offset() + offset)
 
 
-def _placing(argument: Any, device: torch.device) -> Callable[[Any], Any]:
-    """What of an argument a graph freezes: an address, the value of a scalar on the CPU; the sizes decide the rest."""
-    if not isinstance(argument, Tensor):
-        return _nothing
-    return Tensor.data_ptr if argument.device == device else Tensor.item
+def _placing(argument: Any) -> Callable[[Any], Any]:
+    """What of an argument a graph freezes beside the sizes: an address."""
+    return Tensor.data_ptr if isinstance(argument, Tensor) else _nothing
 
 
 def _nothing(argument: Any) -> None:
