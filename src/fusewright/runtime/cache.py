@@ -202,8 +202,9 @@ def _kinds(root: Path) -> list[Path]:
 
 
 def _entries(kind: Path) -> list[Path]:
-    """Entries, whole and half-written. They are named by fingerprints: nothing else in the folder is ours to remove."""
-    return sorted(path for path in kind.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
+    """Entries, the half-written ones first. They are named by fingerprints: nothing else there is ours to remove."""
+    found = (path for path in kind.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: (path.suffix != PARTIAL, path.name))
 
 
 def _bytes(folder: Path) -> int:
