@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,22 +20,26 @@ from fusewright.fusion import reference as plan_reference
 from fusewright.fusion.plan import FusionPlan
 from fusewright.ir import reference, rules
 from fusewright.ir.graph import Graph
+from fusewright.passes.format import Capabilities
 
 
 @dataclass
 class Planned:
     """What was compiled, in order: the forward graph, then the backward graph where there is one.
 
-    Calls check the plan against its graph, then return what the plan gives.
+    Calls check the plan against its graph, then return what the plan gives. capabilities: of the format stage.
     """
 
+    capabilities: Capabilities | None = None
     graphs: list[Graph] = field(default_factory=list)
     plans: list[FusionPlan] = field(default_factory=list)
 
-    def compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile(
+        self, module: torch.fx.GraphModule, inputs: Sequence[Any], capabilities: Capabilities | None = None
+    ) -> Callable[..., Any]:
         graph = from_fx(module)
         rules.check(graph)
-        plan = compiler.plan(graph)
+        plan = compiler.plan(graph, (), capabilities)
         # The plan keeps values in float32 that the graph rounds.
         narrow = {torch.float16, torch.bfloat16} & {n.type.dtype for n in graph.nodes() if n.type is not None}
         self.graphs.append(graph)
@@ -58,8 +63,8 @@ class Planned:
         return {
             "fw_compiler": self.compile,
             "bw_compiler": self.compile,
-            "inference_compiler": self.compile,
-            "partition_fn": partition_joint,
+            "inference_compiler": partial(self.compile, capabilities=self.capabilities),
+            "partition_fn": partial(partition_joint, capabilities=self.capabilities),
             "decompositions": decompositions(),
         }
 
@@ -68,9 +73,11 @@ class Planned:
         return [f"{f.name}: {f.reason}" for p in self.plans for f in p.fallbacks]
 
 
-def planned(function: Callable[..., Any]) -> tuple[Callable[..., Any], Planned]:
+def planned(
+    function: Callable[..., Any], capabilities: Capabilities | None = None
+) -> tuple[Callable[..., Any], Planned]:
     """`function` of tensors through AOTAutograd alone: quick, static shapes."""
-    record = Planned()
+    record = Planned(capabilities)
     return aot_function(function, **record.options), record
 
 
@@ -94,16 +101,20 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, check_stride=False)
 
 
-def check(function: Callable[..., Any], *inputs: torch.Tensor, tolerance: float = 1e-9) -> Planned:
+def check(
+    function: Callable[..., Any],
+    *inputs: torch.Tensor,
+    tolerance: float = 1e-9,
+    capabilities: Capabilities | None = None,
+) -> Planned:
     """Compiles `function` and compares results, layouts and gradients with eager. Returns what was compiled."""
-    run, record = planned(function)
+    run, record = planned(function, capabilities)
     expected, actual = function(*inputs), run(*inputs)
     assert_same(actual, expected, tolerance)
     for a, e in zip(_tensors(actual), _tensors(expected), strict=True):
         assert a.stride() == e.stride() or a.numel() == 0, f"strides {a.stride()}, eager gives {e.stride()}"
-    assert _shared([*inputs, *_tensors(actual)]) == _shared([*inputs, *_tensors(expected)]), (
-        "other tensors share memory"
-    )
+    shared = [_shared([*inputs, *_tensors(result)]) for result in (actual, expected)]
+    assert shared[0] == shared[1], "other tensors share memory than in eager"
     if any(i.requires_grad for i in inputs):
         assert_same(gradients(actual, inputs), gradients(expected, inputs), tolerance)
     return record

@@ -16,6 +16,8 @@ EQUAL_TO_SOMETHING_ELSE: dict[str, Callable[[torch.Tensor], Any]] = {
     "the input, by two signs": lambda x: x.neg().neg(),
     "the input, by a choice": lambda x: torch.where(x > 0, x, x),
     "a view of the input": lambda x: x.t() * 1,
+    "a view of what equals the input": lambda x: (x * 1).t().expand(2, 4, 3),
+    "two views of what equals the input": lambda x: (y := x * 1, y.t()),
     "another result": lambda x: (y := x.relu(), y * 1),
     "a broadcast": lambda x: x.relu().expand(2, 3, 4) * 1,
     "a broadcast, by a choice": lambda x: torch.where(x > 0, x.relu().expand(2, 3, 4), x.relu()),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusewright.ir.graph import Builder, Graph, Node, Origin, Output, base_of
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, Output, base_of
 from fusewright.ir.size import same
 
 Bindings = dict[str, Node]
@@ -95,15 +95,26 @@ def _sweep(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, bool]:
 def _outputs(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
     """What had memory and strides of its own keeps them, although a rule found it to be equal to something else."""
     owners = {new[i]: i for i in graph.inputs}
+    copies: dict[Node, Node] = {}
     results: list[Output] = []
     for position, old in enumerate(graph.outputs):
-        node = None if old is None else new[old]
-        if node is not None and node.type is not None and old is not None:
-            owner = base_of(old)
-            if owners.setdefault(base_of(node), owner) is not owner or _restrided(old, node):
-                node = builder.node("copy", (node,), old.type, of=position)
-        results.append(node)
+        if old is None or old.type is None:
+            results.append(None if old is None else new[old])
+            continue
+        owner = base_of(old)
+        found = new[owner]
+        if owner not in copies and (owners.setdefault(base_of(found), owner) is not owner or _restrided(owner, found)):
+            copies[owner] = builder.node("copy", (found,), owner.type, of=position)
+        results.append(_viewed(builder, old, copies[owner]) if owner in copies else new[old])
     return tuple(results)
+
+
+def _viewed(builder: Builder, view: Node, base: Node) -> Node:
+    """The chain of views that `view` ends, of another base."""
+    if view.op not in VIEWS:
+        return base
+    inner = _viewed(builder, view.inputs[0], base)
+    return builder.node(view.op, (inner,), view.type, **dict(view.attributes))
 
 
 def _restrided(old: Node, new: Node) -> bool:
