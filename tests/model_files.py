@@ -170,6 +170,17 @@ MODELS = {
 """,
         inputs="torch.rand(24, 20, dtype=torch.bfloat16)",
     ),
+    "tensor cores": model(
+        """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(320, 192, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return F.leaky_relu(self.gemm(x) * 2.0, 0.1)
+""",
+        inputs="torch.rand(200, 320, dtype=torch.bfloat16)",
+    ),
     "surroundings": model(
         '''
     """A model: with decorators, class attributes, other methods."""
@@ -352,13 +363,20 @@ class Written:
         return self.emitted.text
 
 
-def written(text: str, *, dtype: torch.dtype | None = None, library: bool = False, name: str = "model") -> Written:
+def written(
+    text: str,
+    *,
+    dtype: torch.dtype | None = None,
+    library: bool = False,
+    name: str = "model",
+    chip: str = "sm_90a",
+) -> Written:
     """Traces the file and writes another for it; nothing is compiled."""
     with tempfile.TemporaryDirectory() as folder, without_gpu():
         path = Path(folder) / f"{name}.py"
         path.write_bytes(text.encode())
         file, instance, captured = load_and_capture(path, {}, dtype)
-        emitted = emit(file, instance.model, captured, chip_for("sm_90a"), library=library, dtype=dtype)
+        emitted = emit(file, instance.model, captured, chip_for(chip), library=library, dtype=dtype)
     return Written(text.replace("\r\n", "\n"), file, captured, emitted)
 
 

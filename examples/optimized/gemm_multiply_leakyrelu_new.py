@@ -6,14 +6,17 @@ from torch.utils.cpp_extension import load_inline
 # Written by fusewright 0.1.0 from gemm_multiply_leakyrelu.py for sm_90a:
 # the kernels that ModelNew runs, and the code that launches them.
 CUDA_SOURCE = r"""
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace {
 
@@ -256,11 +259,20 @@ struct GemmSimt {
     __device__ __forceinline__ static void run(const Element* a, int64_t a_row_stride, int64_t a_k_stride,
                                                const Element* b, int64_t b_k_stride, int64_t b_col_stride, int64_t M,
                                                int64_t N, int64_t K, const Epilogue& epilogue) {
-        extern __shared__ __align__(16) unsigned char dynamic_shared[];
-        Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         int64_t first_m;
         int first_n;
-        locate(M, N, first_m, first_n);
+        locate(blockIdx.x, M, N, first_m, first_n);
+        run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, first_m, first_n, epilogue);
+    }
+
+    // One tile. A block that computes several passes a barrier between them.
+    template <class Epilogue>
+    __device__ __forceinline__ static void run_tile(const Element* a, int64_t a_row_stride, int64_t a_k_stride,
+                                                    const Element* b, int64_t b_k_stride, int64_t b_col_stride,
+                                                    int64_t M, int64_t N, int64_t K, int64_t first_m, int first_n,
+                                                    const Epilogue& epilogue) {
+        extern __shared__ __align__(16) unsigned char dynamic_shared[];
+        Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         A operand_a(a, a_row_stride, a_k_stride, first_m, M);
         B operand_b(b, b_col_stride, b_k_stride, first_n, N);
 
@@ -309,11 +321,11 @@ struct GemmSimt {
         finish(shared, first_m, first_n, M, N, epilogue);
     }
 
-    // The block's tile. Tiles go down kGroupM rows before they go on to the next columns: blocks that run together then
-    // share rows of A and columns of B in the L2 cache.
-    __device__ __forceinline__ static void locate(int64_t M, int64_t N, int64_t& first_m, int& first_n) {
+    // Where a tile begins. Tiles go down kGroupM rows before they go on to the next columns: blocks that run together
+    // then share rows of A and columns of B in the L2 cache.
+    __device__ __forceinline__ static void locate(int tile, int64_t M, int64_t N, int64_t& first_m, int& first_n) {
         const int tiles_m = int((M + TileM - 1) / TileM), tiles_n = int((N + TileN - 1) / TileN);
-        const int group = blockIdx.x / (kGroupM * tiles_n), within = blockIdx.x % (kGroupM * tiles_n);
+        const int group = tile / (kGroupM * tiles_n), within = tile % (kGroupM * tiles_n);
         const int below = tiles_m - group * kGroupM, height = below < kGroupM ? below : kGroupM;
         first_m = int64_t(group * kGroupM + within % height) * TileM;
         first_n = within / height * TileN;
@@ -690,25 +702,39 @@ fused_mm_2(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride
 
 using Sizes = std::vector<c10::SymInt>;
 
-void require_rank(const at::Tensor& t, const char* name, int64_t rank) {
-    TORCH_CHECK(t.dim() == rank, name, " has shape ", t.sizes(), ", but these kernels take ", rank, " dimensions");
+std::string text(c10::SymIntArrayRef sizes) {
+    std::string result;
+    for (const c10::SymInt& size : sizes)
+        result += (result.empty() ? "" : ", ") + std::to_string(size.guard_int(__FILE__, __LINE__));
+    return "[" + result + "]";
 }
 
-c10::Device gpu_of(const at::Tensor& t, const char* name) {
-    TORCH_CHECK(t.is_cuda(), name, " is on ", t.device(), "; move the model and its inputs to the GPU");
-    return t.device();
+// Raise where an argument is not what the kernels take, also while a graph is traced, when sizes may be symbols.
+void require_rank(const at::Tensor& t, const std::string& name, int64_t rank) {
+    TORCH_CHECK(t.dim() == rank, name + " has shape " + text(t.sym_sizes()) + ", but these kernels take " +
+                                     std::to_string(rank) + " dimensions");
+}
+
+void require_gpu(const at::Tensor& t, const std::string& name) {
+    TORCH_CHECK(t.is_cuda() || t.is_meta(),
+                name + " is on " + t.device().str() + "; move the model and its inputs to the GPU");
+}
+
+void require(const at::Tensor& t, const std::string& name, at::ScalarType dtype, c10::SymIntArrayRef shape,
+             c10::Device device) {
+    TORCH_CHECK(t.device() == device, name + " is on " + t.device().str() + ", but the model is on " + device.str() +
+                                          "; move it there");
+    TORCH_CHECK(t.scalar_type() == dtype, name + " is " + c10::toString(t.scalar_type()) +
+                                              ", but these kernels take " + c10::toString(dtype));
+    TORCH_CHECK(t.sym_sizes() == shape, name + " has shape " + text(t.sym_sizes()) + ", but these kernels take " +
+                                            text(shape));
 }
 
 // The tensor as the kernels read it: with these strides and 16-byte alignment, copied only if it is not so already.
-at::Tensor ready(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape,
-                 at::IntArrayRef strides, const c10::cuda::CUDAGuard& guard) {
-    TORCH_CHECK(t.device() == guard.current_device(), name, " is on ", t.device(), ", but the model is on ",
-                guard.current_device(), "; move it there");
-    TORCH_CHECK(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ", but these kernels take ", dtype);
-    TORCH_CHECK(t.sizes() == shape, name, " has shape ", t.sizes(), ", but these kernels take ", shape);
+at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
     bool same = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-    for (int64_t i = 0; i < t.dim(); ++i) same = same && (shape[i] <= 1 || t.stride(i) == strides[i]);
-    return same || t.numel() == 0 ? t : at::empty_strided(shape, strides, t.options()).copy_(t);
+    for (int64_t i = 0; i < t.dim(); ++i) same = same && (t.size(i) <= 1 || t.stride(i) == strides[i]);
+    return same || t.numel() == 0 ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
@@ -724,13 +750,22 @@ void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int 
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
-    const c10::cuda::CUDAGuard guard(gpu_of(weight_, "weight"));
+void fusewright_fused_check(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
+    require_gpu(weight_, "weight");
     require_rank(x_, "x", 2);
+    const c10::SymInt batch = x_.sym_size(0);
+    require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
+    require(bias_, "bias", at::kFloat, {8192}, weight_.device());
+    require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
+}
+
+at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
+    fusewright_fused_check(weight_, bias_, x_);
+    const c10::cuda::CUDAGuard guard(weight_.device());
     const int64_t batch = x_.size(0);
-    const at::Tensor weight = ready(weight_, "weight", at::kFloat, {8192, 8192}, {8192, 1}, guard);
-    const at::Tensor bias = ready(bias_, "bias", at::kFloat, {8192}, {1}, guard);
-    const at::Tensor x = ready(x_, "x", at::kFloat, {batch, 8192}, {8192, 1}, guard);
+    const at::Tensor weight = ready(weight_, {8192, 1});
+    const at::Tensor bias = ready(bias_, {1});
+    const at::Tensor x = ready(x_, {8192, 1});
     const at::TensorOptions options = weight.options();
     at::Tensor out;
 
@@ -744,14 +779,23 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
     return out;
 }
 
+void fusewright_forward_check(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
+    require_gpu(weight_, "weight");
+    require_rank(x_, "x", 2);
+    const c10::SymInt batch = x_.sym_size(0);
+    require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
+    require(bias_, "bias", at::kFloat, {8192}, weight_.device());
+    require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
+}
+
 std::tuple<at::Tensor, at::Tensor> fusewright_forward(const at::Tensor& weight_, const at::Tensor& bias_,
     const at::Tensor& x_) {
-    const c10::cuda::CUDAGuard guard(gpu_of(weight_, "weight"));
-    require_rank(x_, "x", 2);
+    fusewright_forward_check(weight_, bias_, x_);
+    const c10::cuda::CUDAGuard guard(weight_.device());
     const int64_t batch = x_.size(0);
-    const at::Tensor weight = ready(weight_, "weight", at::kFloat, {8192, 8192}, {8192, 1}, guard);
-    const at::Tensor bias = ready(bias_, "bias", at::kFloat, {8192}, {1}, guard);
-    const at::Tensor x = ready(x_, "x", at::kFloat, {batch, 8192}, {8192, 1}, guard);
+    const at::Tensor weight = ready(weight_, {8192, 1});
+    const at::Tensor bias = ready(bias_, {1});
+    const at::Tensor x = ready(x_, {8192, 1});
     const at::TensorOptions options = weight.options();
     at::Tensor out, mask;
 
@@ -766,15 +810,26 @@ std::tuple<at::Tensor, at::Tensor> fusewright_forward(const at::Tensor& weight_,
     return {out, mask};
 }
 
+void fusewright_backward_check(const at::Tensor& weight_, const at::Tensor& x_, const at::Tensor& mask_,
+    const at::Tensor& grad_) {
+    require_gpu(weight_, "weight");
+    require_rank(x_, "x", 2);
+    const c10::SymInt batch = x_.sym_size(0);
+    require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
+    require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
+    require(mask_, "mask", at::kByte, {batch, 1024}, weight_.device());
+    require(grad_, "grad", at::kFloat, {batch, 8192}, weight_.device());
+}
+
 std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at::Tensor& x_,
     const at::Tensor& mask_, const at::Tensor& grad_, at::IntArrayRef wanted) {
-    const c10::cuda::CUDAGuard guard(gpu_of(weight_, "weight"));
-    require_rank(x_, "x", 2);
+    fusewright_backward_check(weight_, x_, mask_, grad_);
+    const c10::cuda::CUDAGuard guard(weight_.device());
     const int64_t batch = x_.size(0);
-    const at::Tensor weight = ready(weight_, "weight", at::kFloat, {8192, 8192}, {8192, 1}, guard);
-    const at::Tensor x = ready(x_, "x", at::kFloat, {batch, 8192}, {8192, 1}, guard);
-    const at::Tensor mask = ready(mask_, "mask", at::kByte, {batch, 1024}, {1024, 1}, guard);
-    const at::Tensor grad = ready(grad_, "grad", at::kFloat, {batch, 8192}, {8192, 1}, guard);
+    const at::Tensor weight = ready(weight_, {8192, 1});
+    const at::Tensor x = ready(x_, {8192, 1});
+    const at::Tensor mask = ready(mask_, {1024, 1});
+    const at::Tensor grad = ready(grad_, {8192, 1});
     const at::TensorOptions options = weight.options();
     at::Tensor t1, out1, out, out2;
 
@@ -805,14 +860,14 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
 }
 
 at::Tensor fusewright_fused_meta(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
-    require_rank(x_, "x", 2);
+    fusewright_fused_check(weight_, bias_, x_);
     const c10::SymInt batch = x_.sym_size(0);
     return at::empty_strided_symint(Sizes{batch, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat));
 }
 
 std::tuple<at::Tensor, at::Tensor> fusewright_forward_meta(const at::Tensor& weight_, const at::Tensor& bias_,
     const at::Tensor& x_) {
-    require_rank(x_, "x", 2);
+    fusewright_forward_check(weight_, bias_, x_);
     const c10::SymInt batch = x_.sym_size(0);
     return {
         at::empty_strided_symint(Sizes{batch, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat)),
@@ -821,7 +876,7 @@ std::tuple<at::Tensor, at::Tensor> fusewright_forward_meta(const at::Tensor& wei
 
 std::vector<at::Tensor> fusewright_backward_meta(const at::Tensor& weight_, const at::Tensor& x_,
     const at::Tensor& mask_, const at::Tensor& grad_, at::IntArrayRef wanted) {
-    require_rank(x_, "x", 2);
+    fusewright_backward_check(weight_, x_, mask_, grad_);
     const c10::SymInt batch = x_.sym_size(0);
     std::vector<at::Tensor> results;
     if (wanted[0]) results.push_back(at::empty_strided_symint(Sizes{8192, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat)));
@@ -841,7 +896,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results)});
         return std::get<0>(results);
@@ -849,7 +904,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -864,12 +919,13 @@ struct Fused : torch::autograd::Function<Fused> {
 };
 
 at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
+    fusewright_fused_check(weight, bias, x);
     if (at::GradMode::is_enabled() && (weight.requires_grad() || bias.requires_grad() || x.requires_grad())) {
         const auto outputs = Fused::apply(weight, bias, x);
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::fused");
     return run.call(weight, bias, x);
 }
 
@@ -878,7 +934,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
         return run.call(weight, x, mask, grad, wanted);
     }
 
@@ -888,34 +944,35 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
 };
 
 std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& grad, at::IntArrayRef wanted) {
+    fusewright_backward_check(weight, x, mask, grad);
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a5fbf6334539::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
     return run.call(weight, x, mask, grad, wanted);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
 }
@@ -923,7 +980,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a5fbf6334539, Autograd, li
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_a5fbf6334539",
+        name="fusewright_gemm_multiply_leakyrelu_fae6e599a5ed",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -951,7 +1008,7 @@ class ModelNew(nn.Module):
             self.leaky_relu.negative_slope,
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
-        return torch.ops.fusewright_gemm_multiply_leakyrelu_a5fbf6334539.fused(self.gemm.weight, self.gemm.bias, x)
+        return torch.ops.fusewright_gemm_multiply_leakyrelu_fae6e599a5ed.fused(self.gemm.weight, self.gemm.bias, x)
 
 
 batch_size = 1024

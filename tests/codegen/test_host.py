@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
-from fusewright.codegen.host import Result, cxx
+from fusewright.codegen.host import Result, cxx, permitted, tensor_inputs
+from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, TensorMapArg
 from fusewright.codegen.text import WIDTH, call
 from fusewright.errors import NoKernel
 from fusewright.fusion.plan import View
-from model_files import model, varied, written
+from fusewright.ir.size import evaluate
+from model_files import Written, model, varied, written
 
 N, M = sympy.symbols("n m", integer=True, positive=True)
 
@@ -74,15 +80,80 @@ def test_backward_computes_only_what_is_wanted() -> None:
     assert len(set(steps)) > 1
 
 
-# ---- compiled
+# ---- aligned or not
+
+
+def spec(*args: Arg, unaligned: LaunchSpec | None = None) -> LaunchSpec:
+    return LaunchSpec("kernel", "", (1, 1, 1), (32, 1, 1), args, unaligned=unaligned)
+
+
+def test_only_what_is_certainly_aligned_is_launched() -> None:
+    """Tensors start at multiples of 16 bytes; a view of one does if its offset provably keeps that."""
+    other = spec(BufferArg("x", torch.float32, N + 1))
+    for offset, kept in ((0, True), (4, True), (N * 8, True), (2, False), (N, False), (N * 4 + 1, False)):
+        first = spec(BufferArg("x", torch.float32, offset, alignment=16), unaligned=other)
+        assert permitted(first) is (first if kept else other), offset
+    mapped = spec(TensorMapArg("x", torch.bfloat16, (N, 8), (8,), (64, 64), offset=4), unaligned=other)
+    assert permitted(mapped) is other
+
+
+def test_a_view_that_starts_anywhere() -> None:
+    """x[:, 1:] starts 8 bytes into x: it is not read 16 bytes at a time."""
+    body = """
+    def forward(self, x):
+        return x[:, {start} : {start} + 16] * 3
+"""
+    inputs = "torch.arange(24 * 20).reshape(24, 20)"
+    kernels = [kernels_of(written(model(body.format(start=start), inputs=inputs)).text) for start in (4, 1)]
+    assert ["load_vector" in text for text in kernels] == [True, False]
+
+
+def kernels_of(text: str) -> str:
+    return text.split("// ======== inference")[1].split("// ======== host code")[0]
+
+
+# ---- kernels
+
+
+def test_a_kernel_is_written_once() -> None:
+    """A text that two graphs launch stands there once; kernels of one name stand in namespaces of their own."""
+    text = varied("residual").text
+    names = re.findall(r"^namespace (?!fusewright\b)(\w+) \{$", text, re.M)
+    assert len(set(names)) == len(names) > 0
+    assert "// ======== forward, in training" not in text  # it saves nothing, and launches what inference does
+    assert "launch(fused_" in text.split("at::Tensor fusewright_forward(")[1].split("\n}\n")[0]
+
+
+def test_what_never_runs_is_left_out() -> None:
+    """The forward product's depth is a constant: nothing is launched for an empty one. The batch may be empty."""
+    text = varied("tensor cores").text
+    forward, backward = (text.split(f" fusewright_{n}(")[1].split("\n}\n")[0] for n in ("fused", "backward"))
+    assert forward.count("launch(") == 1 and "std::min<int64_t>(1, batch)" in backward
+
+
+# ---- compiled and called
 
 _STUBS = """
+#include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <algorithm>
 struct __half { short bits; };
 struct __nv_bfloat16 { short bits; };
 template <class T> cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) { return cudaSuccess; }
+struct Guard { explicit Guard(c10::Device) {} };
+namespace fusewright { struct alignas(64) TensorMap { unsigned char opaque[128]; }; }
 """
-_LAUNCH = re.compile(r"kernel<<<.*?>>>\((.*?)\);", re.DOTALL)
+# What takes the place of a GPU: tensors lie on the CPU, kernels do nothing.
+_CHANGES = (
+    (r"kernel<<<.*?>>>\((.*?)\);", r"kernel(\1);"),
+    (r"C10_CUDA_KERNEL_LAUNCH_CHECK\(\);", ""),
+    (r"C10_CUDA_CHECK\(([^;]*)\);", r"(void)(\1);"),
+    (r"cudaGetDriverEntryPoint(ByVersion)?\([^;]*\)\);", "cudaSuccess);"),
+    (r"encode = tensor_map_encoder\(\);", "encode = [](auto...) { return CUDA_SUCCESS; };"),
+    (r"const c10::cuda::CUDAGuard guard", "const Guard guard"),
+    (r"t\.is_cuda\(\)", "t.is_cpu()"),
+    (r", CUDA, library\)", ", CPU, library)"),
+)
 _KERNEL = re.compile(
     r"^namespace (\w+) \{\n(?:(?!^namespace ).)*?^__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+\(.*?\)) \{",
     re.MULTILINE | re.DOTALL,
@@ -90,48 +161,100 @@ _KERNEL = re.compile(
 
 
 def host_code(text: str) -> tuple[list[str], str]:
-    """What the written C++ includes, and the C++ with every kernel reduced to its declaration."""
+    """What the written C++ includes, and the C++ with kernels that do nothing, for the CPU."""
     cuda = text.split('CUDA_SOURCE = r"""\n')[1].split('\n"""')[0]
     kernels, host = cuda.split("// ======== host code\n")
-    declared = "\n".join(f"namespace {n} {{ void {head}; }}" for n, head in _KERNEL.findall(kernels))
-    assert declared.count(";") == kernels.count("\n__global__")
-    includes = [i for i in re.findall(r"#include <.*>", kernels) if "cuda_" not in i]
-    host, count = _LAUNCH.subn(r"kernel(\1);", host)
-    assert count == 1
-    return includes, f"namespace {{\n{declared}\n{host}"
+    defined = [f"namespace {n} {{ void {head} {{}} }}" for n, head in _KERNEL.findall(kernels)]
+    assert len(defined) == kernels.count("\n__global__")
+    includes = [i for i in re.findall(r"#include <.*>", kernels) if "cuda" not in i]
+    for pattern, replacement in _CHANGES:
+        host = re.sub(pattern, replacement, host, flags=re.DOTALL)
+    return includes, "namespace {\n" + "\n".join(defined).replace("__grid_constant__ ", "") + f"\n{host}"
 
 
-def compiles(texts: list[str], folder: Path) -> None:
-    """The host compiler reads the code of all files, each in a namespace of its own, but for what is in the kernels."""
+def library_of(files: Sequence[Written], folder: Path) -> Path:
+    """The operators of all files in one library: the headers take most of the compiler's time."""
     compiler, cuda = shutil.which("g++") or shutil.which("clang++"), find_spec("nvidia.cu13")
     if compiler is None or cuda is None or cuda.submodule_search_locations is None:
         pytest.skip("needs a C++ compiler and the headers of the CUDA runtime")
-    parts = [host_code(text) for text in texts]
+    parts = [host_code(file.text) for file in files]
     includes = dict.fromkeys(i for found, _ in parts for i in found)
     body = "\n".join(f"namespace file{i} {{\n{code}\n}}" for i, (_, code) in enumerate(parts))
-    generated = folder / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # torch without CUDA leaves it out
-    generated.parent.mkdir(parents=True)
-    generated.write_text("#pragma once\n")
-    source = folder / "host.cpp"
+    source, library = folder / "host.cpp", folder / "host.so"
     source.write_text("\n".join(includes) + _STUBS + body)
-    paths = [str(folder), *include_paths(), str(Path(next(iter(cuda.submodule_search_locations))) / "include")]
-    command = [compiler, "-std=c++20", "-fsyntax-only", *(f"-I{p}" for p in paths), str(source)]
+    paths = [*include_paths(), str(Path(next(iter(cuda.submodule_search_locations))) / "include")]
+    command = [compiler, "-std=c++20", "-w", "-fPIC", "-shared", *(f"-I{p}" for p in paths), str(source)]
+    command += [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-lc10", "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
+    return library
 
 
-def test_what_is_written_compiles(tmp_path: Path) -> None:
-    """One compilation for everything: the headers take most of its time."""
-    library = written(
-        model("""
+# Calls every operator, in a process of its own: results, shape functions, gradients, and the errors of wrong arguments.
+_CALLS = """
+import json, sys
+import torch
+
+def tensors(arguments, device):
+    made = [torch.ones(s, dtype=getattr(torch, d), device=device) for s, d in arguments]
+    return [t.requires_grad_(t.is_floating_point()) for t in made]
+
+def called(space, arguments, device="cpu"):
+    results = getattr(torch.ops, space).fused(*tensors(arguments, device))
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+def layout(results):
+    return [(r.shape, r.stride(), r.dtype) for r in results]
+
+torch.ops.load_library(sys.argv[1])
+for space, arguments in json.loads(sys.argv[2]).items():
+    results = called(space, arguments)
+    assert layout(results) == layout(called(space, arguments, "meta"))
+    trained = [r for r in results if r.requires_grad]
+    torch.autograd.backward(trained, [torch.ones_like(r) for r in trained])
+    *others, (shape, dtype) = arguments
+    wrong = ([*shape, 3], dtype), ([s + 1 for s in shape], dtype), (shape, "complex64")
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        for last in wrong:
+            for device in ("cpu", "meta"):
+                try:
+                    with mode():
+                        called(space, [*others, last], device)
+                except RuntimeError as error:
+                    assert "but these kernels take" in str(error), error
+                else:
+                    raise AssertionError(f"{space} takes {last}")
+    print(len(results), len(trained))
+"""
+
+
+def test_the_operators_can_be_called(tmp_path: Path) -> None:
+    names = ("several inputs", "tuple", "indices first", "two linears", "integers", "flattened", "residual")
+    files = [varied(name) for name in (*names, "tensor cores")]
+    library = library_of([*files, written(SORTED, library=True)], tmp_path)
+    arguments = {space_of(file): described(file) for file in files}
+    command = [sys.executable, "-c", _CALLS, str(library), json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split("\n")[:3] == ["1 1", "3 3", "2 1"]
+
+
+SORTED = model("""
     def __init__(self):
         super().__init__()
         self.gemm = nn.Linear(20, 16)
 
     def forward(self, x):
         return torch.sort(torch.relu(self.gemm(x)), dim=1, descending=True)[0].cumsum(1)
-"""),
-        library=True,
-    )
-    names = ("several inputs", "tuple", "indices first", "two linears", "integers", "bfloat16", "flattened", "residual")
-    compiles([*(varied(name).text for name in names), library.text], tmp_path)
+""")
+
+
+def space_of(file: Written) -> str:
+    return re.findall(r"torch\.ops\.(\w+)\.fused", file.text)[0]
+
+
+def described(file: Written) -> list[tuple[list[int], str]]:
+    """Shapes and dtypes of the operator's arguments, for JSON."""
+    inference = file.emitted.planned[0]
+    shapes = [([int(evaluate(s, inference.sizes)) for s in b.shape], b.dtype) for b in tensor_inputs(inference.plan)]
+    return [(shape, str(dtype).removeprefix("torch.")) for shape, dtype in shapes]

@@ -19,8 +19,9 @@ from fusewright.capture import model_file
 from fusewright.capture.model_file import ModelFile
 from fusewright.errors import CannotCapture, NoKernel
 from fusewright.fusion import reference
+from fusewright.runtime.nvrtc import DEVICE_CODE
 from fusewright.tools.plan_check import captured_size
-from judge import complaints
+from judge import FORBIDDEN, complaints
 from model_files import MODELS, REFUSED, Written, model, varied, written
 
 ADDED = {"import torch", "from torch.utils.cpp_extension import load_inline"}
@@ -85,10 +86,18 @@ def test_the_judge_accepts_it(file: Written) -> None:
     assert [c for c in complaints(file.text) if c not in complaints(user)] == []
 
 
+def test_the_judge_accepts_every_header() -> None:
+    """Whichever of them a file needs."""
+    for header in DEVICE_CODE.glob("*.cuh"):
+        text = header.read_text()
+        assert not [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)], header.name
+
+
 def test_kernels_say_what_they_compute(file: Written) -> None:
     comments = re.findall(r"^// (.*)\n(?:template.*\n)?__global__", file.text, re.M)
     launches = [launch for p in file.emitted.planned for g in p.programs.values() for launch in g.launches]
-    assert len(comments) == len(re.findall(r"^__global__", file.text, re.M)) == len(launches) > 0
+    kernels = {(launch.kernel, launch.source) for launch in launches if 0 not in launch.grid}
+    assert len(comments) == len(re.findall(r"^__global__", file.text, re.M)) == len(kernels) > 0
     for planned in file.emitted.planned:
         for region in planned.plan.regions:
             assert any(c.startswith(", ".join(region.operators)) for c in comments), region.operators
@@ -215,9 +224,32 @@ def test_batch_stays_free() -> None:
 def test_wrong_use_is_named() -> None:
     host = varied("buffers").text.split("// ======== host code")[1]
     for name, shape in (("weight", "{16, 20}"), ("shift", "{16}"), ("x", "{batch, 20}")):
-        assert re.search(rf'{name} = ready\({name}_, "{name}", at::kFloat, {re.escape(shape)}', host)
+        assert re.search(rf'require\({name}_, "{name}", at::kFloat, {re.escape(shape)}', host)
     for words in ("but these kernels take", "move it there", "move the model and its inputs to the GPU"):
         assert words in host
+
+
+def test_arguments_are_checked_before_autograd() -> None:
+    """An error leaves no half-built graph behind: it comes before an autograd function is entered."""
+    text = varied("tensor cores").text
+    for function, entered in (("fused", "Fused::apply"), ("backward", "FirstDerivative::apply")):
+        body = text.split(f" {function}_autograd(")[1].split("\n}\n")[0]
+        assert 0 < body.index(f"fusewright_{function}_check(") < body.index(entered)
+
+
+def test_tensor_cores() -> None:
+    """On Hopper 16-bit products are copied by TMA and multiplied by wgmma, and the file says what it needs."""
+    text = varied("tensor cores").text
+    assert "GemmSm90<Config>" in text and "const auto x_map = tensor_map(pointer<__nv_bfloat16>(x), " in text
+    assert '"-gencode=arch=compute_90a,code=sm_90a",' in text
+    assert "if torch.cuda.get_device_capability() != (9, 0):" in text
+    assert "#include <cuda.h>" in text and "-lcuda" not in text
+
+
+def test_other_chips_have_kernels_that_run_everywhere() -> None:
+    for text in (written(MODELS["tensor cores"], chip="sm_80").text, varied("bfloat16").text):
+        assert "GemmSimt<" in text and "tensor_map" not in text and "sm90" not in text
+        assert "-gencode" not in text and "get_device_capability" not in text
 
 
 def test_dtype_is_said() -> None:

@@ -6,18 +6,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 import sympy
 import torch
 
-from fusewright.codegen.launch import BufferArg, LaunchSpec, TensorMapArg
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.errors import NoKernel
 from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Matrix, Step, View
 from fusewright.ir.graph import Operand
-from fusewright.ir.size import Size, product
+from fusewright.ir.size import Size, divides, product
 from fusewright.kernels.base import LibraryCall, Program
 
 AT_TYPES = {
@@ -31,6 +32,12 @@ AT_TYPES = {
     torch.int16: "at::kShort",
     torch.int32: "at::kInt",
     torch.int64: "at::kLong",
+}
+
+MAP_TYPES = {
+    torch.float16: "CU_TENSOR_MAP_DATA_TYPE_FLOAT16",
+    torch.bfloat16: "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
+    torch.float32: "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
 }
 
 
@@ -72,59 +79,33 @@ def braces(sizes: Sequence[Size]) -> str:
     return "{" + ", ".join(cxx(s) for s in sizes) + "}"
 
 
-@dataclass(frozen=True)
-class HostFunction:
-    """One graph as C++: `text` defines `name`; `kernels` go before it.
-
-    headers: the `.cuh` files that the kernels need; includes: the system headers.
-    """
-
-    name: str
-    text: str
-    kernels: str
-    headers: tuple[str, ...]
-    includes: tuple[str, ...]
-
-
 @dataclass
-class HostPrinter:
-    """Prints one plan as function `name` of its tensor inputs.
+class Kernels:
+    """The kernels of a file, each once and in a namespace of its own, by the function that is first to launch it.
 
-    conditional: the function takes `wanted`, one number for each result, computes only what the wanted ones need, and
-    returns those.
+    headers: the `.cuh` files that they need; includes: the system headers.
     """
 
-    name: str
-    plan: FusionPlan
-    programs: Mapping[str, Program]
-    conditional: bool = False
+    names: dict[tuple[str, str], str] = field(default_factory=dict)  # by kernel and source
+    texts: dict[str, list[str]] = field(default_factory=dict)  # by function
     headers: list[str] = field(default_factory=list)
     includes: list[str] = field(default_factory=list)
 
-    def print(self) -> HostFunction:
-        inputs = tensor_inputs(self.plan)
-        results = [o for o in self.plan.outputs if isinstance(o, View)]
-        lines = [f'const c10::cuda::CUDAGuard guard(gpu_of({inputs[0].name}_, "{inputs[0].name}"));']
-        lines += size_variables(inputs, "int64_t", "size")
-        for b in inputs:
-            kind = [AT_TYPES[b.dtype], braces(b.shape), braces(b.stride), "guard"]
-            lines += call(f"const at::Tensor {b.name} = ready", [f"{b.name}_", f'"{b.name}"', *kind], ";")
-        lines.append(f"const at::TensorOptions options = {inputs[0].name}.options();")
-        made = [n for s in self.plan.steps for n in dict.fromkeys(s.writes())]
-        if made:
-            lines.append(f"at::Tensor {', '.join(made)};")
-        for step in self.plan.steps:
-            lines += ["", *self.step(step, results)]
-        values = [self.view(r.view) + (f".clone({r.format})" if r.shared else "") for r in own_memory(self.plan)]
-        lines += ["", *returns(values, self.conditional)]
-        kernels = "\n\n".join(self.kernel(launch) for p in self.programs.values() for launch in p.launches)
-        text = definition(self.name, inputs, len(results), self.conditional, lines)
-        return HostFunction(
-            self.name, text, kernels, tuple(dict.fromkeys(self.headers)), tuple(dict.fromkeys(self.includes))
-        )
+    def name(self, launch: LaunchSpec, function: str) -> str:
+        """The kernel's name with its namespace."""
+        key = (launch.kernel, launch.source)
+        if key not in self.names:
+            first = f"{function.removeprefix('fusewright_')}_{launch.kernel.removeprefix('fused_')}"
+            names = chain([first], (f"{first}_{i}" for i in count(2)))
+            taken = {name.split("::")[0] for name in self.names.values()}
+            namespace = next(n for n in names if n not in taken)
+            self.names[key] = f"{namespace}::{launch.kernel}"
+            text = f"namespace {namespace} {{\n\n{self.kernel(launch)}\n\n}}  // namespace {namespace}"
+            self.texts.setdefault(function, []).append(text)
+        return self.names[key]
 
     def kernel(self, launch: LaunchSpec) -> str:
-        """The functor, the instantiation and the kernel, in a namespace of their own."""
+        """The functor, the instantiation and the kernel."""
         lines = []
         for line in launch.source.split("\n"):
             include = re.match(r'#include (["<])(\S+)[">]', line)
@@ -132,11 +113,43 @@ class HostPrinter:
                 (self.headers if include[1] == '"' else self.includes).append(include[2])
             else:
                 lines.append(line.removeprefix('extern "C" '))
-        text = "\n".join(lines).strip()
-        return f"namespace {self.namespace(launch)} {{\n\n{text}\n\n}}  // namespace {self.namespace(launch)}"
+        return "\n".join(lines).strip()
 
-    def namespace(self, launch: LaunchSpec) -> str:
-        return f"{self.name.removeprefix('fusewright_')}_{launch.kernel.removeprefix('fused_')}"
+
+@dataclass
+class HostPrinter:
+    """Prints one plan as function `name` of its tensor inputs.
+
+    kernels: takes the kernels that it launches. conditional: the function takes `wanted`, one number for each result,
+    computes only what the wanted ones need, and returns those.
+    """
+
+    name: str
+    plan: FusionPlan
+    programs: Mapping[str, Program]
+    kernels: Kernels
+    conditional: bool = False
+
+    def print(self) -> str:
+        """The function, after one that checks its arguments."""
+        inputs = tensor_inputs(self.plan)
+        results = [o for o in self.plan.outputs if isinstance(o, View)]
+        lines = [
+            checked(self.name, inputs),
+            f"const c10::cuda::CUDAGuard guard({inputs[0].name}_.device());",
+            *size_variables(inputs, "int64_t", "size"),
+            *(f"const at::Tensor {b.name} = ready({b.name}_, {braces(b.stride)});" for b in inputs),
+            f"const at::TensorOptions options = {inputs[0].name}.options();",
+        ]
+        made = [n for s in self.plan.steps for n in dict.fromkeys(s.writes())]
+        if made:
+            lines.append(f"at::Tensor {', '.join(made)};")
+        for step in self.plan.steps:
+            lines += ["", *self.step(step, results)]
+        values = [self.view(r.view) + (f".clone({r.format})" if r.shared else "") for r in own_memory(self.plan)]
+        lines += ["", *returns(values, self.conditional)]
+        text = definition(self.name, inputs, len(results), self.conditional, lines)
+        return f"{check_function(self.name, inputs)}\n\n{text}"
 
     def step(self, step: Step, results: Sequence[View]) -> list[str]:
         lines = self.fallback(step) if isinstance(step, Fallback) else self.region(self.programs[step.name], step)
@@ -163,8 +176,10 @@ class HostPrinter:
         lines += [f"at::Tensor {w.name} = {self.allocate(w)};" for w in program.workspaces]
         if program.library:
             lines.append(self.library(program.library))
+        maps: dict[TensorMapArg, str] = {}
         for launch in program.launches:
-            lines += self.launch(launch)
+            if 0 not in launch.grid:  # it has nothing to do at any size
+                lines += self.launch(permitted(launch), maps)
         return lines
 
     def allocate(self, buffer: Buffer) -> str:
@@ -173,23 +188,28 @@ class HostPrinter:
 
     def library(self, call: LibraryCall) -> str:
         a, b = self.view(call.a), self.view(call.b)
+        self.kernels.includes.append("ATen/ops/mm.h" if call.bias is None else "ATen/ops/addmm.h")
         if call.bias is not None:
             return f"at::addmm_out({call.result}, {self.view(call.bias)}, {a}, {b});"
         return f"at::mm_out({call.result}, {a}, {b});"
 
-    def launch(self, launch: LaunchSpec) -> list[str]:
-        arguments = []
+    def launch(self, launch: LaunchSpec, maps: dict[TensorMapArg, str]) -> list[str]:
+        """The call, after the tensor maps that it takes. maps: the names of those that are there, which it adds to."""
+        if launch.cluster[1:] != (1, 1) or launch.block[1:] != (1, 1):
+            raise NoKernel(f"{launch.kernel} has blocks or clusters of several dimensions, which are not written")
+        name = self.kernels.name(launch, self.name)
+        shape = [*(cxx(g) for g in launch.grid), str(launch.block[0]), str(launch.shared_bytes)]
+        lines = []
         for arg in launch.args:
-            if isinstance(arg, BufferArg):
-                offset = "" if arg.offset == 0 else f", {cxx(arg.offset)}"
-                arguments.append(f"pointer<{C_TYPES[arg.dtype]}>({arg.buffer}{offset})")
-            elif isinstance(arg, TensorMapArg):
-                raise NoKernel(f"{launch.kernel} takes a tensor map, for which no host code can be written")
-            else:
-                arguments.append(cxx(arg.value) if isinstance(arg.value, (int, sympy.Expr)) else repr(arg.value))
-        grid = [cxx(g) for g in launch.grid]
-        name = f"{self.namespace(launch)}::{launch.kernel}"
-        return call("launch", [name, *grid, str(launch.block[0]), str(launch.shared_bytes), *arguments], ";")
+            if isinstance(arg, TensorMapArg) and arg not in maps:
+                taken = {*self.plan.buffers, *maps.values()}
+                names = chain([f"{arg.buffer}_map"], (f"{arg.buffer}_map{i}" for i in count(2)))
+                maps[arg] = next(n for n in names if n not in taken)
+                lines += tensor_map(maps[arg], arg)
+        arguments = [maps[a] if isinstance(a, TensorMapArg) else argument(a) for a in launch.args]
+        if launch.cluster[0] > 1:
+            return [*lines, *call("launch_clusters", [str(launch.cluster[0]), name, *shape, *arguments], ";")]
+        return [*lines, *call("launch", [name, *shape, *arguments], ";")]
 
     def view(self, view: View | Matrix) -> str:
         buffer = self.plan.buffers.get(view.buffer)
@@ -203,6 +223,7 @@ class HostPrinter:
         inputs = [self.view(i) if isinstance(i, View) else cxx(i) if i is not None else "" for i in step.inputs]
         node = step.node
         if node.op == "sum":
+            self.kernels.includes.append("ATen/ops/sum.h")
             return [f"{step.results[0]} = at::sum({inputs[0]}, at::IntArrayRef{braces(node.attribute('dims'))});"]
         if node.op != "aten":
             raise NoKernel(f"{step.name} has no kernel ({step.reason}) and cannot be written as a library call")
@@ -211,12 +232,67 @@ class HostPrinter:
         given |= dict(node.attribute("kwargs"))
         arguments = [at_argument(a, given.get(a.name, a.default_value), inputs) for a in schema.arguments]
         name = schema.name.split("::")[1] + (f"_{schema.overload_name}" if schema.overload_name else "")
-        self.includes.append(f"ATen/ops/{schema.name.split('::')[1]}_ops.h")
+        self.kernels.includes.append(f"ATen/ops/{schema.name.split('::')[1]}_ops.h")
         call = f"at::_ops::{name}::call({', '.join(arguments)})"
         if len(schema.returns) == 1:
             return [f"{step.results[0]} = {call};"]
         taken = [f"{r} = std::get<{i}>(parts);" for i, r in enumerate(step.results) if r]
         return [f"auto parts = {call};", *taken]
+
+
+def permitted(launch: LaunchSpec) -> LaunchSpec:
+    """The launch, or the one that takes its place where an argument is not certainly as aligned as it has to be.
+
+    Tensors of a written file start at multiples of 16 bytes; views of them need not.
+    """
+    while not all(_aligned(arg) for arg in launch.args):
+        assert launch.unaligned is not None, f"{launch.kernel} asks for an alignment and has no other launch"
+        launch = launch.unaligned
+    return launch
+
+
+def _aligned(arg: Arg) -> bool:
+    if not isinstance(arg, BufferArg | TensorMapArg):
+        return True
+    return divides(max(1, arg.alignment // arg.dtype.itemsize), arg.offset) is not None
+
+
+def pointer(arg: BufferArg | TensorMapArg) -> str:
+    offset = "" if arg.offset == 0 else f", {cxx(arg.offset)}"
+    return f"pointer<{C_TYPES[arg.dtype]}>({arg.buffer}{offset})"
+
+
+def argument(arg: BufferArg | SizeArg | FloatArg) -> str:
+    """One argument of a launch."""
+    if isinstance(arg, BufferArg):
+        return pointer(arg)
+    return cxx(arg.value) if isinstance(arg.value, (int, sympy.Expr)) else repr(arg.value)
+
+
+def tensor_map(name: str, arg: TensorMapArg) -> list[str]:
+    """The definition of variable `name`, which holds the map."""
+    start = pointer(arg)
+    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{f'{arg.swizzle}B' if arg.swizzle else 'NONE'}"
+    layout = [braces(arg.dims), braces(arg.strides), braces(arg.box), swizzle]
+    return call(f"const auto {name} = tensor_map", [start, MAP_TYPES[arg.dtype], *layout], ";")
+
+
+def check_function(name: str, inputs: Sequence[Buffer]) -> str:
+    """The function that raises where an argument is not what the kernels take.
+
+    It is called before autograd is entered, by the kernels' function, and by the shape function.
+    """
+    first = inputs[0].name
+    lines = [f'require_gpu({first}_, "{first}");', *size_variables(inputs, "c10::SymInt", "sym_size", ranks=True)]
+    for b in inputs:
+        what = [f"{b.name}_", f'"{b.name}"', AT_TYPES[b.dtype], braces(b.shape), f"{first}_.device()"]
+        lines += call("require", what, ";")
+    head = call(f"void {name}_check", [f"const at::Tensor& {b.name}_" for b in inputs], " {")
+    return "\n".join([*head, *(f"    {line}" for line in lines), "}"])
+
+
+def checked(name: str, inputs: Sequence[Buffer]) -> str:
+    return f"{name}_check({', '.join(f'{b.name}_' for b in inputs)});"
 
 
 def at_argument(argument: Any, value: Any, inputs: Sequence[str]) -> str:
@@ -246,7 +322,7 @@ def at_argument(argument: Any, value: Any, inputs: Sequence[str]) -> str:
 def meta_function(name: str, plan: FusionPlan, *, conditional: bool) -> str:
     """The shape function of a plan: what its results look like, with symbolic sizes."""
     inputs = tensor_inputs(plan)
-    lines = size_variables(inputs, "c10::SymInt", "sym_size")
+    lines = [checked(name, inputs), *size_variables(inputs, "c10::SymInt", "sym_size")]
     values = []
     for result in own_memory(plan):
         shape, stride = symbolic(result.view.shape), symbolic(result.stride)
@@ -322,15 +398,16 @@ def returns(values: Sequence[str], conditional: bool) -> list[str]:
     return [f"return {values[0]};" if len(values) == 1 else f"return {{{', '.join(values)}}};"]
 
 
-def size_variables(inputs: Sequence[Buffer], type: str, method: str) -> list[str]:
-    """Reads each size symbol off the first tensor that has it as a dimension, checking the rank before."""
+def size_variables(inputs: Sequence[Buffer], type: str, method: str, *, ranks: bool = False) -> list[str]:
+    """Reads each size symbol off the first tensor that has it as a dimension; ranks: checks the rank before."""
     lines: list[str] = []
     known: set[sympy.Symbol] = set()
     for b in inputs:
         for dim, size in enumerate(b.shape):
             if isinstance(size, sympy.Symbol) and size not in known:
                 known.add(size)
-                lines.append(f'require_rank({b.name}_, "{b.name}", {len(b.shape)});')
+                if ranks:
+                    lines.append(f'require_rank({b.name}_, "{b.name}", {len(b.shape)});')
                 lines.append(f"const {type} {size} = {b.name}_.{method}({dim});")
     return list(dict.fromkeys(lines))
 

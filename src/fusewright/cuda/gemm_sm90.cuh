@@ -317,8 +317,8 @@ template <class Config> struct GemmSm90 {
                 write_slab(slab, &sums[block][column / 2], lane);
                 __syncwarp();
 #pragma unroll(kWhole ? 4 : 1)
-                for (int pass = 0; pass < 4; ++pass) {
-                    const int slab_row = pass * 4 + lane / 8, slab_column = lane % 8 * kVector;
+                for (int part = 0; part < 4; ++part) {
+                    const int slab_row = part * 4 + lane / 8, slab_column = lane % 8 * kVector;
                     float values[kVector];
 #pragma unroll
                     for (int i = 0; i < kVector; i += 4)

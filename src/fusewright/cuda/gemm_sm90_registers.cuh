@@ -1,5 +1,5 @@
 // GemmSm90 whose operand A arrives as float32, K-major, and is split into fp16 halves in the consumers' registers: no
-// pass over it beforehand, and nothing of it kept. For a weight that changes between calls.
+// walk over it beforehand, and nothing of it kept. For a weight that changes between calls.
 //
 // Let A be the weight [M = features, K] and B the split activations [N = rows, K]: the tensor cores then compute the
 // transposed product, and the epilogue is called with (row, feature) as ever.
@@ -276,8 +276,8 @@ template <class Config> struct GemmSm90Registers {
                 slab[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kPitch + lane / 4 + i / 2 % 2 * 8] = sums[column / 2 + i];
             __syncwarp();
 #pragma unroll(kWhole ? 4 : 1)
-            for (int pass = 0; pass < 4; ++pass) {
-                const int y = pass * 8 + lane / 4, x = lane % 4 * 4;
+            for (int part = 0; part < 4; ++part) {
+                const int y = part * 8 + lane / 4, x = lane % 4 * 4;
                 alignas(16) float values[4];
                 *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(slab + y * kPitch + x);
                 const int64_t out_row = n + column + y, feature = row + x;

@@ -102,7 +102,7 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
 // ---- Bulk tensor copies (TMA) ---------------------------------------------------------------------------------------
 
 // Makes this thread's writes to shared memory (and those that it knows of through barriers) visible to bulk copies and
-// to the tensor cores, which would otherwise pass them by.
+// to the tensor cores, which might otherwise miss them.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {

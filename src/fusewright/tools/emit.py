@@ -18,7 +18,7 @@ from fusewright import __version__
 from fusewright.capture.model import CapturedModel, OutputIndex
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
-from fusewright.codegen.host import AT_TYPES, HostFunction, HostPrinter, meta_function, tensor_inputs
+from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
 from fusewright.errors import CannotCapture, NoKernel, UnsupportedDtype
 from fusewright.fusion.plan import View
 from fusewright.runtime.nvrtc import DEVICE_CODE
@@ -60,15 +60,20 @@ def emit(
             'or run the model in process: torch.compile(model, backend="fusewright")'
         )
     made_for = chip.arch if dtype is None else f"{chip.arch}, model and inputs cast to {str(dtype).split('.')[1]}"
-    return Emitted(planned, _file(file, model, captured, planned, made_for))
+    return Emitted(planned, _file(file, model, captured, planned, chip, made_for))
 
 
 # ---- the file
 
-_HOST_HELPERS = (Path(__file__).parent / "emitted_host.hpp").read_text()
 
-
-def _file(file: ModelFile, model: nn.Module, captured: CapturedModel, planned: Sequence[Planned], made_for: str) -> str:
+def _file(
+    file: ModelFile,
+    model: nn.Module,
+    captured: CapturedModel,
+    planned: Sequence[Planned],
+    chip: Chip,
+    made_for: str,
+) -> str:
     source = split(file.source, file.tree)
     for expression in captured.arguments:
         if expression and re.split(r"\W", expression)[0] not in (*source.arguments, *vars(file.module)):
@@ -76,8 +81,9 @@ def _file(file: ModelFile, model: nn.Module, captured: CapturedModel, planned: S
                 f"forward reads {expression}, which the written file could not; "
                 "make it a buffer, an input or a plain Python number"
             )
-    functions = [HostPrinter(_function(p), p.plan, p.programs, p.name == "backward").print() for p in planned]
-    cuda = f"{_cuda_source(functions, _host_text(functions, planned, captured))}\n\n{_registration(planned)}"
+    kernels = Kernels()
+    functions = [HostPrinter(_function(p), p.plan, p.programs, kernels, p.name == "backward").print() for p in planned]
+    cuda = f"{_cuda_source(kernels, functions, planned, captured)}\n\n{_registration(planned)}"
     digest = hashlib.sha256(cuda.encode()).hexdigest()[:12]
     space = f"fusewright_{re.sub(r'[^0-9A-Za-z_]', '_', file.path.stem)}_{digest}"
     generated = _GENERATED.format(
@@ -87,6 +93,7 @@ def _file(file: ModelFile, model: nn.Module, captured: CapturedModel, planned: S
         cuda=cuda.replace("FUSEWRIGHT_NAMESPACE", space),
         space=space,
         imports=_imports(source.before),
+        **_build(planned, chip),
     )
     forward = _forward(model, captured, space, source)
     return f"{source.before.rstrip()}\n\n{generated}\n\n{source.head}{forward}{source.tail}{source.after}"
@@ -105,7 +112,7 @@ CUDA_SOURCE = r"""
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
-    load_inline(
+{right_chip}    load_inline(
         name="{space}",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
@@ -114,32 +121,58 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "--fmad=false",  # a product and a sum round apart, as in eager
             "-U__CUDA_NO_HALF_CONVERSIONS__",  # torch turns these conversions off; the kernels use them
             "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
-        ],
+{chip_flags}        ],
         is_python_module=False,
     )
 '''
 
+# Where the kernels use instructions that one architecture alone has.
+_RIGHT_CHIP = """    if torch.cuda.get_device_capability() != {capability}:
+        raise RuntimeError(
+            "these kernels are for {arch} ({name}), and the GPU here is another: write the file again on this machine, "
+            "or with `fusewright optimize --arch` for this GPU"
+        )
+"""
+_CHIP_FLAGS = """            "-gencode=arch=compute_{number},code=sm_{number}",
+"""
+
+
+def _build(planned: Sequence[Planned], chip: Chip) -> dict[str, str]:
+    """Kernels that run everywhere are built for the GPU at hand, as `load_inline` does by itself."""
+    launches = (launch for p in planned for program in p.programs.values() for launch in program.launches)
+    if not any(launch.tensor_maps for launch in launches):
+        return {"right_chip": "", "chip_flags": ""}
+    number = chip.arch.removeprefix("sm_")
+    capability = divmod(int(number.rstrip("a")), 10)
+    return {
+        "right_chip": _RIGHT_CHIP.format(capability=capability, arch=chip.arch, name=chip.name),
+        "chip_flags": _CHIP_FLAGS.format(number=number),
+    }
+
 
 _INCLUDES = (
-    *("ATen/ATen.h", "c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h"),
-    *("torch/csrc/autograd/custom_function.h", "torch/library.h"),
+    *("ATen/core/Tensor.h", "ATen/ops/empty_strided.h"),
+    *("c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h", "torch/library.h"),
+    *("cstdint", "cstring", "string", "vector"),
 )
 
 
-def _cuda_source(functions: Sequence[HostFunction], host: str) -> str:
+def _cuda_source(
+    kernels: Kernels, functions: Sequence[str], planned: Sequence[Planned], captured: CapturedModel
+) -> str:
     """Our headers, each once and after those that it includes, then the kernels, then the code that launches them.
 
     All of it is in a namespace without a name, so that two written files can be loaded side by side.
     """
-    texts: dict[str, str] = {}
-    for function in functions:
-        for header in function.headers:
-            _collect(header, texts)
-    includes = dict.fromkeys((*_INCLUDES, *(i for f in functions for i in f.includes), "cstdint", "cstring"))
-    system = "\n".join(f"#include <{i}>" for i in includes)
-    kernels = "\n\n".join(f"// ======== {_TITLES[f.name]}\n\n{f.kernels}" for f in functions if f.kernels)
-    inside = "\n\n".join(t for t in (*texts.values(), kernels, host) if t)
-    return f"{system}\n\nnamespace {{\n\n{inside}\n\n}}  // namespace"
+    headers, system = _headers(kernels.headers)
+    host, needed = _host_text(functions, planned, captured)
+    includes = dict.fromkeys(
+        (*_INCLUDES, *needed, *kernels.includes, *system, "cstdint", "cstring", "string", "vector")
+    )
+    titled = [f"// ======== {_TITLES[f]}\n\n" + "\n\n".join(texts) for f, texts in kernels.texts.items()]
+    inside = "\n\n".join([*headers, *titled, host])
+    lines = "\n".join(f"#include <{i}>" for i in includes)
+    return f"{lines}\n\nnamespace {{\n\n{inside}\n\n}}  // namespace"
 
 
 _TITLES = {
@@ -153,22 +186,49 @@ def _function(planned: Planned) -> str:
     return f"fusewright_{planned.name}"
 
 
-def _collect(header: str, texts: dict[str, str]) -> None:
-    if header in texts:
-        return
-    text = (DEVICE_CODE / header).read_text()
-    for included in re.findall(r'#include "(\S+)"', text):
-        _collect(included, texts)
-    text = re.sub(r"#ifdef __CUDACC_RTC__.*?#else\n(.*?)#endif\n", r"\1", text, flags=re.DOTALL)
-    lines = [line for line in text.split("\n") if not re.match(r"#pragma once|#include ", line)]
-    texts[header] = f"// ======== {header}\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+def _headers(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The texts of our headers, each once and after those that it includes; the system headers that they include."""
+    texts: dict[str, str] = {}
+    system: list[str] = []
+
+    def collect(name: str) -> None:
+        if name in texts:
+            return
+        text = (DEVICE_CODE / name).read_text()
+        text = re.sub(r"^#ifdef .*?^#else\n(.*?)^#endif\n", r"\1", text, flags=re.DOTALL | re.MULTILINE)  # see below
+        for include in re.finditer(r'^#include (?:"(\S+)"|<(\S+)>)', text, re.MULTILINE):
+            if include[1]:
+                collect(include[1])
+            else:
+                system.append(include[2])
+        lines = [line for line in text.split("\n") if not re.match(r"#pragma once|#include ", line)]
+        texts[name] = f"// ======== {name}\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+    # What is under #ifdef is for NVRTC or for debugging; a file has what is under #else.
+    for name in dict.fromkeys(names):
+        collect(name)
+    return list(texts.values()), system
 
 
-def _host_text(functions: Sequence[HostFunction], planned: Sequence[Planned], captured: CapturedModel) -> str:
+def _host_text(functions: Sequence[str], planned: Sequence[Planned], captured: CapturedModel) -> tuple[str, list[str]]:
+    """The code around the kernels; the headers that it needs beside those that all files do."""
+    parts, includes = [_text("emitted_host.hpp")], []
     metas = [meta_function(_function(p), p.plan, conditional=p.name == "backward") for p in planned]
-    body = "\n\n".join([*(f.text for f in functions), *metas])
-    autograd = _autograd(planned, captured) if len(planned) == 3 else ""
-    return "\n\n".join(t for t in (_HOST_HELPERS.strip(), body, autograd.strip()) if t)
+    calls = "\n".join(functions)
+    if "= tensor_map(" in calls:
+        parts.append(_text("emitted_tensor_map.hpp"))
+        includes += ["cuda.h", "cuda_runtime_api.h"]
+    if "launch_clusters(" in calls:
+        parts.append(_text("emitted_cluster.hpp"))
+    parts += [*functions, *metas]
+    if len(planned) == 3:
+        parts.append(_autograd(planned, captured))
+        includes.append("torch/csrc/autograd/custom_function.h")
+    return "\n\n".join(part.strip() for part in parts), includes
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text()
 
 
 def _schema(planned: Planned) -> str:
@@ -214,7 +274,7 @@ def _autograd(planned: Sequence[Planned], captured: CapturedModel) -> str:
     outputs = captured.outputs
     several = outputs > 1
     type = "at::Tensor" if not several else f"std::tuple<{', '.join(['at::Tensor'] * outputs)}>"
-    return _AUTOGRAD.format(
+    return _text("emitted_autograd.hpp").format(
         parameters=parameters,
         names=", ".join(inputs),
         saved=", ".join(saved),
@@ -234,9 +294,6 @@ def _autograd(planned: Sequence[Planned], captured: CapturedModel) -> str:
 
 def _braced(items: Sequence[str]) -> str:
     return "{" + ", ".join(items) + "}"
-
-
-_AUTOGRAD = (Path(__file__).parent / "emitted_autograd.hpp").read_text()
 
 
 # ---- the class

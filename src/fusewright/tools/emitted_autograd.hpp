@@ -32,6 +32,7 @@ struct Fused : torch::autograd::Function<Fused> {{
 }};
 
 {type} fused_autograd({parameters}) {{
+    fusewright_fused_check({names});
     if (at::GradMode::is_enabled() && ({any_grad})) {{
         const auto outputs = Fused::apply({names});
         return {result};
@@ -56,6 +57,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {{
 }};
 
 std::vector<at::Tensor> backward_autograd({backward_parameters}, at::IntArrayRef wanted) {{
+    fusewright_backward_check({backward_names});
     if (at::GradMode::is_enabled() && ({any_backward_grad}))
         return FirstDerivative::apply({backward_names}, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -2,25 +2,39 @@
 
 using Sizes = std::vector<c10::SymInt>;
 
-void require_rank(const at::Tensor& t, const char* name, int64_t rank) {
-    TORCH_CHECK(t.dim() == rank, name, " has shape ", t.sizes(), ", but these kernels take ", rank, " dimensions");
+std::string text(c10::SymIntArrayRef sizes) {
+    std::string result;
+    for (const c10::SymInt& size : sizes)
+        result += (result.empty() ? "" : ", ") + std::to_string(size.guard_int(__FILE__, __LINE__));
+    return "[" + result + "]";
 }
 
-c10::Device gpu_of(const at::Tensor& t, const char* name) {
-    TORCH_CHECK(t.is_cuda(), name, " is on ", t.device(), "; move the model and its inputs to the GPU");
-    return t.device();
+// Raise where an argument is not what the kernels take, also while a graph is traced, when sizes may be symbols.
+void require_rank(const at::Tensor& t, const std::string& name, int64_t rank) {
+    TORCH_CHECK(t.dim() == rank, name + " has shape " + text(t.sym_sizes()) + ", but these kernels take " +
+                                     std::to_string(rank) + " dimensions");
+}
+
+void require_gpu(const at::Tensor& t, const std::string& name) {
+    TORCH_CHECK(t.is_cuda() || t.is_meta(),
+                name + " is on " + t.device().str() + "; move the model and its inputs to the GPU");
+}
+
+void require(const at::Tensor& t, const std::string& name, at::ScalarType dtype, c10::SymIntArrayRef shape,
+             c10::Device device) {
+    TORCH_CHECK(t.device() == device, name + " is on " + t.device().str() + ", but the model is on " + device.str() +
+                                          "; move it there");
+    TORCH_CHECK(t.scalar_type() == dtype, name + " is " + c10::toString(t.scalar_type()) +
+                                              ", but these kernels take " + c10::toString(dtype));
+    TORCH_CHECK(t.sym_sizes() == shape, name + " has shape " + text(t.sym_sizes()) + ", but these kernels take " +
+                                            text(shape));
 }
 
 // The tensor as the kernels read it: with these strides and 16-byte alignment, copied only if it is not so already.
-at::Tensor ready(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef shape,
-                 at::IntArrayRef strides, const c10::cuda::CUDAGuard& guard) {
-    TORCH_CHECK(t.device() == guard.current_device(), name, " is on ", t.device(), ", but the model is on ",
-                guard.current_device(), "; move it there");
-    TORCH_CHECK(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ", but these kernels take ", dtype);
-    TORCH_CHECK(t.sizes() == shape, name, " has shape ", t.sizes(), ", but these kernels take ", shape);
+at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
     bool same = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-    for (int64_t i = 0; i < t.dim(); ++i) same = same && (shape[i] <= 1 || t.stride(i) == strides[i]);
-    return same || t.numel() == 0 ? t : at::empty_strided(shape, strides, t.options()).copy_(t);
+    for (int64_t i = 0; i < t.dim(); ++i) same = same && (t.size(i) <= 1 || t.stride(i) == strides[i]);
+    return same || t.numel() == 0 ? t : at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }

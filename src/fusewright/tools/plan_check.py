@@ -55,15 +55,15 @@ class PlanCheck:
 def check(small: Small, chip: Chip, variants: Mapping[str, str], schedules: int) -> PlanCheck:
     """Runs inference, forward and backward of a small model both ways. variants: the tiles to
     use. schedules: how many orders of its threads the simulator tries for each kernel; 0 simulates nothing."""
+    target = SimulatorTarget(chip, max(1, schedules))
     captured = capture(small.model, small.inputs)
-    planned = plan_model(captured, chip, library=False, variants=variants)
+    planned = plan_model(captured, chip, library=False, variants=variants, tensor_maps=target.tensor_maps)
     inputs = _signed(small.inputs)
     trial = _Trial(captured, small.model, inputs)
     exact = [_reference(p) for p in planned]
     plan = _judge(trial.oracle, trial.run(exact), None)
     kernels = None
     if schedules:
-        target = SimulatorTarget(chip, schedules)
         runners = [Executable(p.plan, p.programs, target, torch.device("cpu")) for p in planned]
         depth = max((_depth(p) for p in planned), default=1)
         kernels = _judge(trial.oracle, trial.run(runners), trial.eager, depth)

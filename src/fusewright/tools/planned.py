@@ -29,11 +29,17 @@ class Planned:
 
 
 def plan_model(
-    captured: CapturedModel, chip: Chip, *, library: bool, variants: Mapping[str, str] | None = None
+    captured: CapturedModel,
+    chip: Chip,
+    *,
+    library: bool,
+    variants: Mapping[str, str] | None = None,
+    tensor_maps: bool = True,
 ) -> tuple[Planned, ...]:
     """Plans inference, and forward and backward where the model trains, with readable buffer names.
 
     library: let torch compute products. variants: by region name, the tile to use rather than the cost model's choice.
+    tensor_maps: launches may take tensor maps, as they do in written files.
     """
     names = argument_names(captured)
     graphs = [("fused", captured.inference, names)]
@@ -47,7 +53,7 @@ def plan_model(
         plan = compiler.plan(graph, inputs)
         programs = {
             region: _choice(found, library, (variants or {}).get(f"{name}.{region}"))
-            for region, found in candidates(plan, chip, library=library).items()
+            for region, found in candidates(plan, chip, library=library, tensor_maps=tensor_maps).items()
         }
         sizes = {renamed.get(symbol, symbol): value for symbol, value in captured.sizes.items()}
         planned.append(Planned(name, graph, plan, programs, sizes))
@@ -112,5 +118,5 @@ def _size_names(graph: Graph, names: Sequence[str | None]) -> dict[sympy.Symbol,
         for dim, size in enumerate(node.type.shape if node.type is not None else ()):
             if isinstance(size, sympy.Symbol) and size not in found:
                 text = "batch" if not found else f"{name}_size{dim}"
-                found[size] = sympy.Symbol(text, integer=True, positive=True)
+                found[size] = sympy.Symbol(text, integer=True, nonnegative=True)
     return found
