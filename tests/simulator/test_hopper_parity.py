@@ -20,8 +20,8 @@ hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 
-# device → what the kernel wrote, and what it must have written
-Case = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+Result = tuple[torch.Tensor, torch.Tensor]  # what the kernel wrote, and what it must have written
+Case = Callable[[str], Result]  # of a device
 CASES: dict[str, Case] = {}
 
 
@@ -130,9 +130,6 @@ def rounded(device: str, kernel: str, a: torch.Tensor, b: torch.Tensor, c: torch
     first = Matrix(a, "K", 0, 0)
     result = multiply(device, kernel, first, Matrix(b.T, "K", 0, first.bytes), c)
     return result, accumulators(fused_sum(c, a, b))
-
-
-Result = tuple[torch.Tensor, torch.Tensor]
 
 
 @case

@@ -121,6 +121,7 @@ void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
     }
     for (auto& log : warpgroups_) log.clear();
     register_waiters_.clear();
+    foreign_.clear();
     free_registers_ = 0;
     for (Thread* thread : order_) ready_.push_back(thread);
     for (Barrier& barrier : barriers_) barrier = {};
@@ -280,6 +281,16 @@ void Block::check_nothing_in_flight(Thread& thread) {
         if (load.target == this)
             fail(thread, Failure::kInFlight, load.pc,
                  "leaves the kernel, and a bulk copy to shared memory of its block has not been waited for");
+    for (const auto& [id, arrival] : foreign_) {
+        const auto knows = [&, rank = arrival.thread->rank, id = id, stamp = arrival.stamp](const Thread& own) {
+            return clock_.ordered(own, rank, id, stamp);
+        };
+        if (std::none_of(threads_.begin(), threads_.end(), knows))
+            fail(thread, Failure::kUndefined, arrival.pc,
+                 "leaves the kernel as the last of its block, where " + arrival.thread->block->name(arrival.thread->index) +
+                     " of " + arrival.thread->block->title() +
+                     " arrives at an mbarrier, and nothing says that it has");
+    }
     for (const Thread& other : threads_)
         for (const BulkStore& store : other.stores)
             if (!store.read)

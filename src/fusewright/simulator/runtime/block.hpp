@@ -225,6 +225,12 @@ class Block {
     std::vector<uint32_t> live_lanes_;      // by warp: not finished
     std::vector<uint32_t> exchange_lanes_;  // by warp: waiting in an exchange
     std::map<size_t, Mbarrier> mbarriers_;  // by offset
+    struct Arrival {
+        const Thread* thread;
+        uint32_t stamp;
+        const char* pc;
+    };
+    std::map<uint32_t, Arrival> foreign_;  // latest at these mbarriers of each thread of another block
     std::vector<Warp> warps_;
     std::vector<std::vector<Aligned>> warpgroups_;  // what each has executed together
     uint64_t free_registers_ = 0;

@@ -69,6 +69,7 @@ void Block::mbarrier_arrive(Thread& thread, const void* pointer, uint32_t bytes,
              "arrives at the mbarrier at " + describe_shared(offset) + ", where all " +
                  std::to_string(barrier.expected) + " arrivals of this phase have been and " +
                  std::to_string(barrier.bytes - bytes) + " bytes are still to come");
+    if (&target != this) target.foreign_[thread.id] = {&thread, thread.clock, pc};
     clock_.release(thread, barrier.arriving);
     --barrier.pending;
     ++cluster_.progress;

@@ -67,6 +67,7 @@ void Shadow::split(size_t word) {
         byte_cells_[word * 4 + i] = cell;
         if (cell.shared && i > 0) std::copy_n(readers(word * 4), threads_, readers(word * 4 + i));
     }
+    words_[word] = {};  // until the next launch, which may look at words again
 }
 
 template <class F> void Shadow::each_cell(size_t offset, size_t bytes, F visit) {
