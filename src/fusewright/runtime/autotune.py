@@ -18,6 +18,7 @@ import torch
 from fusewright.fusion.plan import Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
+from fusewright.runtime import driver
 from fusewright.runtime.cache import Cache, fingerprint
 from fusewright.runtime.executable import Environment, Executable, Sizes
 from fusewright.settings import tf32_allowed
@@ -87,6 +88,7 @@ class Tuned:
             programs=[[p.family, *(launch.source for launch in p.launches)] for p in programs],
             extents=[extent.bit_length() for extent in extents],
             device=torch.cuda.get_device_name(self.executable.device),
+            driver=driver.version(),
             torch=torch.__version__,
             tf32=tf32_allowed(),
         )

@@ -223,6 +223,12 @@ def _driver() -> Any:
 
 
 @cache
+def version() -> int:
+    """The newest CUDA that the driver knows, such as 13000. Raises ToolMissing, LaunchError."""
+    return int(_checked(_driver().cuDriverGetVersion(), "the driver does not tell its version"))
+
+
+@cache
 def _primary_context(device_index: int) -> Any:
     """The context of a device that torch and the CUDA runtime use."""
     what = f"the context of device {device_index} cannot be had"
