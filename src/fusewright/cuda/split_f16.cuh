@@ -99,8 +99,9 @@ template <int kPlanes> struct SplitF16 {
     }
 
     template <bool kAligned> __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
-        // An eighth of a small matrix; of a large one less gives as many.
-        const int64_t every = m.lines * m.length > (1 << 24) ? 32 : 8, chunks = (m.length + kStride - 1) / kStride;
+        // An eighth of a small matrix; of a large one, a million elements or a sixty-fourth.
+        const int64_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
+        const int64_t chunks = (m.length + kStride - 1) / kStride;
         const int64_t per_line = (chunks + every - 1) / every, units = m.lines * per_line;
         const int64_t warps = int64_t(gridDim.x) * kWarps;
         uint32_t largest = 0;

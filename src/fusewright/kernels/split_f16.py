@@ -28,7 +28,7 @@ SAMPLES, LOST = "samples", "lost"
 _THREADS, _COLUMNS, _LINES = 256, 512, 8
 _SAMPLE_BLOCKS = 8  # a multiprocessor, for each matrix
 _SPLIT_BLOCKS = 8  # a multiprocessor, for each matrix
-_SHARE = 1 / 8  # of a matrix, in the sample, at most
+_SHARE = 1 / 32  # of a matrix, in the sample: an eighth to a sixty-fourth
 _BANDWIDTH = 0.8  # of the chip's, that the split reaches
 _WARPS = 8  # of a product, that say whether they lost bits
 
