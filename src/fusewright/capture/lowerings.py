@@ -92,6 +92,20 @@ def _mean(g: Importer, value: torch.Tensor, self: Node, dim: Any = None, **_: An
     return (total / count).to(value.dtype).node
 
 
+@lowering("smooth_l1_loss_backward")
+def _smooth_l1_loss_backward(
+    g: Importer, value: torch.Tensor, grad_output: Node, self: Node, target: Node, reduction: int, beta: float
+) -> Node | None:
+    """torch's decomposition loses NaN."""
+    dtype, shape = accumulator_dtype(value.dtype), _shape(value)
+    grad, x, y = (g.prepare("", operand, dtype, shape) for operand in (grad_output, self, target))
+    if reduction == 1:
+        grad = grad / product(shape)
+    difference = x - y
+    steep = where(difference > beta, grad, grad * difference / beta)
+    return where(difference < -beta, -grad, steep).to(value.dtype).node
+
+
 @lowering("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def _reshape(g: Importer, value: torch.Tensor, self: Node, **_: Any) -> Node | None:
     # `view` to another dtype of the same width reads bits, not values.
@@ -226,7 +240,14 @@ def _full(g: Importer, value: torch.Tensor, fill_value: Any, **_: Any) -> Node |
     return _filled(g, value, fill_value)
 
 
-@lowering("zeros", "zeros_like", "new_zeros")
+@lowering("fill")
+def _fill(g: Importer, result: torch.Tensor, /, self: Node, value: Any) -> Node | None:
+    if not isinstance(value, Node):
+        return _filled(g, result, value)
+    return g.builder.expand(g.builder.cast(value, result.dtype, implicit=False), _shape(result))
+
+
+@lowering("zeros", "zeros_like", "new_zeros", "_efficientzerotensor")
 def _zeros(g: Importer, value: torch.Tensor, **_: Any) -> Node | None:
     return _filled(g, value, 0)
 

@@ -12,15 +12,17 @@ template <class T> __device__ __forceinline__ T not_a_number() { return infinity
 template <class T, int N> __device__ __forceinline__ T polynomial(T x, const T (&coefficients)[N]) {
     T sum = coefficients[0];
 #pragma unroll
-    for (int i = 1; i < N; ++i) sum = sum * x + coefficients[i];
+    for (int i = 1; i < N; ++i) sum = fma(sum, x, coefficients[i]);
     return sum;
 }
 
 // The value at x / 2 of a sum of Chebyshev polynomials, the highest one's coefficient first; half of the last counts.
-template <class T, int N> __device__ __forceinline__ T chebyshev(T x, const T (&coefficients)[N]) {
-    T b0 = coefficients[0], b1 = T(0), b2 = T(0);
+// Float takes the last `Single` terms: the others are less than its precision, and would only add to its rounding.
+template <int Single, class T, int N> __device__ __forceinline__ T chebyshev(T x, const T (&coefficients)[N]) {
+    constexpr int kFirst = sizeof(T) == sizeof(float) ? N - Single : 0;
+    T b0 = coefficients[kFirst], b1 = T(0), b2 = T(0);
 #pragma unroll
-    for (int i = 1; i < N; ++i) b2 = b1, b1 = b0, b0 = x * b1 - b2 + coefficients[i];
+    for (int i = kFirst + 1; i < N; ++i) b2 = b1, b1 = b0, b0 = fma(x, b1, -b2) + coefficients[i];
     return T(0.5) * (b0 - b2);
 }
 
@@ -126,7 +128,7 @@ template <class T> __device__ T i0e(T x) {
         T(2.89137052083475648297E-6), T(6.88975834691682398426E-5), T(3.36911647825569408990E-3),
         T(8.04490411014108831608E-1)};
     x = absolute(x);
-    return x <= T(8) ? chebyshev(x / T(2) - T(2), near) : chebyshev(T(32) / x - T(2), far) / sqrt(x);
+    return x <= T(8) ? chebyshev<18>(x / T(2) - T(2), near) : chebyshev<25>(T(32) / x - T(2), far) / sqrt(x);
 }
 template <class T> __device__ T i1e(T argument) {
     constexpr T near[] = {
@@ -151,10 +153,64 @@ template <class T> __device__ T i1e(T argument) {
         T(-3.88256480887769039346E-6), T(-1.10588938762623716291E-4), T(-9.76109749136146840777E-3),
         T(7.78576235018280120474E-1)};
     const T x = absolute(argument);
-    const T value = x <= T(8) ? chebyshev(x / T(2) - T(2), near) * x : chebyshev(T(32) / x - T(2), far) / sqrt(x);
+    const T value =
+        x <= T(8) ? chebyshev<17>(x / T(2) - T(2), near) * x : chebyshev<25>(T(32) / x - T(2), far) / sqrt(x);
     return argument < T(0) ? -value : value;
 }
 template <class T> __device__ T i0(T x) { return exp(absolute(x)) * i0e(x); }
 template <class T> __device__ T i1(T x) { return exp(absolute(x)) * i1e(x); }
+
+// The polynomial of degree n of a family that begins with 1 and `first`; step(k, p, q) is the one after p and q, whose
+// degree is k. Where it is not a number, it stays none.
+template <class T, class Step> __device__ __forceinline__ T orthogonal(int64_t n, T first, const Step& step) {
+    if (n < 1) return n < 0 ? T(0) : T(1);
+    T p = T(1), q = first;
+    for (int64_t k = 1; k < n && q == q; ++k) {
+        const T next = step(T(k), p, q);
+        p = q;
+        q = next;
+    }
+    return q;
+}
+
+// Chebyshev's polynomials of four kinds, by their trigonometric forms where the degree is high.
+template <char Kind, class T> __device__ T chebyshev_polynomial(T x, T degree) {
+    const int64_t n = int64_t(degree);
+    const T sign = n % 2 ? T(-1) : T(1), next = T(n) + T(1), odd = T(n) + next;
+    if (n >= 0 && absolute(x) == T(1)) {
+        if (x > T(0)) return Kind == 'u' ? next : Kind == 'w' ? odd : T(1);
+        return sign * (Kind == 'u' ? next : Kind == 'v' ? odd : T(1));
+    }
+    if (n > (Kind == 't' ? 6 : 8) && absolute(x) < T(1)) {
+        const T angle = acos(x), half = angle / T(2), between = (T(n) + T(0.5)) * angle;
+        if (Kind == 't') return cos(T(n) * angle);
+        if (Kind == 'u') return sin(angle) != T(0) ? sin(next * angle) / sin(angle) : next * cos(next * angle) / x;
+        if (Kind == 'v') return sin(half) != T(1) ? cos(between) / cos(half) : sign * odd;
+        return cos(half) != T(1) ? sin(between) / sin(half) : x > T(0) ? odd : sign;
+    }
+    const T first = Kind == 't' ? x : x + x + (Kind == 'v' ? T(-1) : Kind == 'w' ? T(1) : T(0));
+    return orthogonal(n, first, [x](T, T p, T q) { return fma(x + x, q, -p); });
+}
+
+// Hermite's polynomials, the physicists' and the probabilists'; NaN beyond the degrees that T has.
+template <class T> constexpr int64_t kHighestHermite = sizeof(T) == sizeof(float) ? 128 : 512;
+template <class T> __device__ T hermite_h(T x, T degree) {
+    if (int64_t(degree) > kHighestHermite<T>) return not_a_number<T>();
+    return orthogonal(int64_t(degree), x + x, [x](T k, T p, T q) { return fma(x + x, q, -(k + k) * p); });
+}
+template <class T> __device__ T hermite_he(T x, T degree) {
+    if (int64_t(degree) > kHighestHermite<T>) return not_a_number<T>();
+    return orthogonal(int64_t(degree), x, [x](T k, T p, T q) { return fma(x, q, -k * p); });
+}
+template <class T> __device__ T laguerre(T x, T degree) {
+    if (x == T(0) && degree > T(-1)) return T(1);
+    return orthogonal(int64_t(degree), T(1) - x,
+                      [x](T k, T p, T q) { return fma(k + k + (T(1) - x), q, -k * p) / (k + T(1)); });
+}
+template <class T> __device__ T legendre(T x, T degree) {
+    const int64_t n = int64_t(degree);
+    if (n >= 0 && absolute(x) == T(1)) return x > T(0) || n % 2 == 0 ? T(1) : T(-1);
+    return orthogonal(n, x, [x](T k, T p, T q) { return fma((k + k + T(1)) * x, q, -k * p) / (k + T(1)); });
+}
 
 }  // namespace fusewright::special

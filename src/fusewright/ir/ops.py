@@ -245,9 +245,26 @@ def _polygamma(n: int, x: Value) -> Value:
     return x.apply("zeta", n + 1, x) * (factorial if n % 2 else -factorial)
 
 
+def _ldexp(x: Value, exponent: Any) -> Value:
+    """x · 2^exponent, by the exponent's whole part without overflow on the way."""
+    exponent = exponent if isinstance(exponent, Value) else filled(x, exponent)
+    whole = trunc(maximum(minimum(exponent, 5000), -5000))  # more than any exponent of float64
+    return x.apply("ldexp", x * exp2(exponent - whole), whole)
+
+
 def _sinc(x: Value) -> Value:
     product = x * math.pi
     return where(x == 0, 1, unary("sin")(product) / product)
+
+
+def _shifted(name: str) -> Callable[[Any, Any], Value]:
+    """Of a polynomial over [-1, 1], the one over [0, 1]."""
+
+    def formula(x: Any, degree: Any) -> Value:
+        x = x if isinstance(x, Value) else filled(degree, x)
+        return _binary(name)(x + x - 1, degree)
+
+    return formula
 
 
 def _scaled(x: Any, factor: Any) -> Any:
@@ -311,11 +328,16 @@ ROWS: dict[str, Row] = {
     "logit": Row(_logit),
     "logit_backward": Row(_logit_backward),
     "sinc": Row(_sinc),
+    "ldexp": Row(_ldexp),
     # special functions
     **{name: Row(unary(name)) for name in ("erfinv", "lgamma", "digamma", "i0")},
     **{f"special_{name}": Row(unary(name)) for name in ("i0e", "i1", "i1e", "erfcx", "ndtri")},
-    "special_modified_bessel_i0": Row(unary("i0")),
-    "special_modified_bessel_i1": Row(unary("i1")),
+    **{f"special_chebyshev_polynomial_{kind}": Row(_binary(f"chebyshev_{kind}")) for kind in "tuvw"},
+    **{f"special_shifted_chebyshev_polynomial_{kind}": Row(_shifted(f"chebyshev_{kind}")) for kind in "tuvw"},
+    "special_hermite_polynomial_h": Row(_binary("hermite_h")),
+    "special_hermite_polynomial_he": Row(_binary("hermite_he")),
+    "special_laguerre_polynomial_l": Row(_binary("laguerre")),
+    "special_legendre_polynomial_p": Row(_binary("legendre")),
     "special_zeta": Row(_binary("zeta")),
     "special_entr": Row(lambda x: where(x < 0, -math.inf, where(x == 0, 0, -x * log(x)))),
     "special_log_ndtr": Row(_log_ndtr),

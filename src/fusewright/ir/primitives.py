@@ -55,6 +55,8 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("copysign", 2, "copysign({0}, {1})", torch.copysign),
         Primitive("nextafter", 2, "nextafter({0}, {1})", torch.nextafter),
         Primitive("hypot", 2, "hypot({0}, {1})", torch.hypot),
+        # The exponent is a whole number in the operands' dtype.
+        Primitive("ldexp", 2, "ldexp({0}, int({1}))", torch.ldexp),
         Primitive("gcd", 2, "fusewright::integer::greatest_divisor({0}, {1})", torch.gcd),
         Primitive("lcm", 2, "fusewright::integer::least_multiple({0}, {1})", torch.lcm),
         Primitive("sqrt", 1, "sqrt({0})", torch.sqrt),
@@ -88,6 +90,19 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("digamma", 1, "fusewright::special::digamma({0})", torch.digamma),
         Primitive("trigamma", 1, "fusewright::special::trigamma({0})", lambda a: torch.polygamma(1, a)),
         Primitive("zeta", 2, "fusewright::special::zeta({0}, {1})", torch.special.zeta),
+        *(
+            Primitive(
+                f"chebyshev_{kind}",
+                2,
+                f"fusewright::special::chebyshev_polynomial<'{kind}'>({{0}}, {{1}})",
+                getattr(torch.special, f"chebyshev_polynomial_{kind}"),
+            )
+            for kind in "tuvw"
+        ),
+        Primitive("hermite_h", 2, "fusewright::special::hermite_h({0}, {1})", torch.special.hermite_polynomial_h),
+        Primitive("hermite_he", 2, "fusewright::special::hermite_he({0}, {1})", torch.special.hermite_polynomial_he),
+        Primitive("laguerre", 2, "fusewright::special::laguerre({0}, {1})", torch.special.laguerre_polynomial_l),
+        Primitive("legendre", 2, "fusewright::special::legendre({0}, {1})", torch.special.legendre_polynomial_p),
         Primitive("i0", 1, "fusewright::special::i0({0})", torch.special.i0),
         Primitive("i0e", 1, "fusewright::special::i0e({0})", torch.special.i0e),
         Primitive("i1", 1, "fusewright::special::i1({0})", torch.special.i1),
