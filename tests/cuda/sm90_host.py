@@ -1,4 +1,7 @@
-"""Host side of `gemm_sm90.cuh` and `split_f16.cuh` for tests and benchmarks: source, tensor maps, launches."""
+"""Host side of `gemm_sm90.cuh` and `split_f16.cuh` for tests and benchmarks: source, tensor maps, launches.
+
+Where there is no cubin, kernels run in the simulator, on CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from typing import Any
 import simt
 import torch
 
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg
 from fusewright.ir.encoding import Halves
+from fusewright.simulator.buffer import Buffer
+from fusewright.simulator.simulate import Simulator
+from fusewright.simulator.tensor_map import EncodedMap, encode
 
 SHARED_LIMIT = 232448
 
@@ -64,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(Simt::kThreads, Simt::kBlocksPerMul
 patch(const float* __restrict__ a, int64_t a_row_stride, const float* __restrict__ b, int64_t b_column_stride,
       int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
       const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
-    const fusewright::SplitPatch<128, 128, 128, 128> found{{fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true),
+    const fusewright::SplitPatch<128, 128, Simt::kThreads, 128, 128> found{{fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true),
         fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true), lost, M, N}};
     int64_t m;
     int n;
@@ -154,6 +161,8 @@ def tensor_map(x: torch.Tensor) -> Any:
 
     Box: 128 bytes (64 columns, float32 32) × 64 rows of one plane, 128-byte swizzle, zeros outside.
     """
+    if x.device.type == "cpu":
+        return _simulated_map(x)
     d = _driver()
     planes = x if x.ndim == 3 else x[None]
     dims = [planes.shape[2], planes.shape[1], planes.shape[0]]
@@ -183,6 +192,43 @@ def tensor_map(x: torch.Tensor) -> Any:
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+def _simulated_map(x: torch.Tensor) -> tuple[TensorMapArg, EncodedMap]:
+    planes = x if x.ndim == 3 else x[None]
+    strides = (planes.stride(1), planes.stride(0) if x.ndim == 3 else planes.stride(1) * planes.shape[1])
+    arg = TensorMapArg("x", x.dtype, tuple(reversed(planes.shape)), strides, (128 // x.itemsize, 64, 1))
+    return arg, encode(arg, Buffer.of(x))
+
+
+class SimulatedKernel:
+    """One kernel of a source, launched in the simulator. schedules: how many orders of its threads it tries."""
+
+    schedules = 1
+
+    def __init__(self, source: str, name: str, shared_bytes: int = 0) -> None:
+        self.source, self.name, self.shared_bytes = source, name, shared_bytes
+
+    def launch(self, grid: tuple[int, int], threads: int, args: Sequence[Any], cluster: int = 1) -> None:
+        """As `Kernel.launch`."""
+        kinds: list[Arg] = []
+        values: list[Any] = []
+        for i, arg in enumerate(args):
+            kind: Arg = SizeArg(0)
+            if isinstance(arg, tuple):
+                kind, arg = arg
+            elif isinstance(arg, float):
+                kind = FloatArg(0.0)
+            elif not isinstance(arg, int):
+                arg = Buffer(0, 0) if arg is None else arg
+                kind = BufferArg(f"argument{i}", torch.uint8, written=True)
+            kinds.append(kind)
+            values.append(arg)
+        spec = LaunchSpec(
+            self.name, self.source, (1, 1, 1), (threads, 1, 1), tuple(kinds), self.shared_bytes, (cluster, 1, 1)
+        )
+        (kernel,) = Simulator().load([spec], schedules=self.schedules)
+        kernel(values, (*grid, 1))
 
 
 class Kernel:
@@ -226,13 +272,19 @@ class Kernel:
         checked(d.cuLaunchKernelEx(config, self._function, ctypes.addressof(params), 0))
 
 
+def multiprocessors(cubin: bytes | None) -> int:
+    """Of the GPU that runs the cubin; few for the simulator, so that blocks take several tiles."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if cubin else 2
+
+
 class Gemm:
     """A compiled `GemmConfig`. Called with operands as stored, K-major [M or N, K] or MN-major [K, M or N]."""
 
-    def __init__(self, config: GemmConfig, cubin: bytes) -> None:
+    def __init__(self, config: GemmConfig, cubin: bytes | None) -> None:
         self.config = config
-        self.kernel = Kernel(cubin, "gemm", config.shared_bytes)
-        self.blocks = torch.cuda.get_device_properties(0).multi_processor_count // config.cluster * config.cluster
+        made = Kernel(cubin, "gemm", config.shared_bytes) if cubin else None
+        self.kernel = made or SimulatedKernel(config.source(), "gemm", config.shared_bytes)
+        self.blocks = multiprocessors(cubin) // config.cluster * config.cluster
 
     def prepare(
         self,
@@ -258,10 +310,13 @@ class Gemm:
 class Split:
     """Splits float32 [lines, length] into fp16 halves, in one buffer (`fusewright.ir.encoding`)."""
 
-    def __init__(self, cubin: bytes, planes: int) -> None:
+    def __init__(self, cubin: bytes | None, planes: int) -> None:
         self.planes = planes
-        self.sample, self.split = Kernel(cubin, "sample"), Kernel(cubin, "split")
-        self.blocks = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+        source = SPLIT.format(planes=planes)
+        self.sample, self.split = (
+            Kernel(cubin, name) if cubin else SimulatedKernel(source, name) for name in ("sample", "split")
+        )
+        self.blocks = 8 * multiprocessors(cubin)
 
     def buffers(self, x: torch.Tensor) -> Halved:
         layout = Halves(*x.shape, self.planes)

@@ -1,13 +1,15 @@
-"""gemm_sm90.cuh and split_f16.cuh: what the compiler makes of them, and on a Hopper GPU what they compute."""
+"""gemm_sm90.cuh and split_f16.cuh: what the compiler makes of them, and what they compute, here and on a Hopper GPU."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from sm90_host import PATCH, SHARED_LIMIT, SPLIT, Gemm, GemmConfig, Kernel, Split
+from device import each_device, same_bits
+from sm90_host import PATCH, SHARED_LIMIT, SPLIT, Gemm, GemmConfig, Kernel, SimulatedKernel, Split
 
 from fusewright.runtime.nvrtc import compile_cubin
 
@@ -21,14 +23,25 @@ MAJORS = [("K", "K"), ("K", "MN"), ("MN", "K"), ("MN", "MN")]
 # Smaller than a step; ragged everywhere; several rounds of the ring; more tiles than multiprocessors, an odd number.
 SHAPES = [(8, 8, 8), (304, 520, 1000), (1000, 3000, 72), (4104, 2056, 136)]
 
-hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+# For the simulator: smaller than a step; ragged around a full tile, with several rounds of a ring of two stages.
+SMALL = [(8, 8, 8), (136, 264, 200)]
+
+
+@pytest.fixture(autouse=True)
+def need_hopper(request: pytest.FixtureRequest) -> None:
+    """GPU tests need the one whose instructions these are."""
+    if request.node.get_closest_marker("gpu") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
 
 
 @cache
-def cubin(source: str) -> bytes:
+def compiled(source: str) -> bytes:
     return compile_cubin(source, "sm_90a").code
+
+
+def cubin(source: str, device: str) -> bytes | None:
+    """None for the simulator, which compiles by itself."""
+    return compiled(source) if device == "cuda" else None
 
 
 @pytest.mark.parametrize("majors", [("K", "K"), ("MN", "MN")])
@@ -48,13 +61,21 @@ def test_split_compiles_without_spills(planes: int) -> None:
 
 
 class Operand:
-    """A float32 matrix [rows, k] as a product wants it stored: in K-major or MN-major order, split or rounded."""
+    """A float32 matrix [rows, k] as a product wants it stored: in K-major or MN-major order, split or rounded.
 
-    def __init__(self, config: GemmConfig, rows: int, k: int, major: str, values: torch.Tensor | None = None) -> None:
-        stored = torch.randn((rows, k) if major == "K" else (k, rows), device="cuda") if values is None else values
-        self.exponent = None
+    values: as stored; random numbers if there are none.
+    """
+
+    def __init__(
+        self, config: GemmConfig, rows: int, k: int, major: str, device: str, values: torch.Tensor | None = None
+    ) -> None:
+        shape = (rows, k) if major == "K" else (k, rows)
+        stored = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) if values is None else values
+        stored = stored.to(device)
+        self.device, self.exponent = device, None
         if config.scaled:
-            self.split = Split(cubin(SPLIT.format(planes=config.products // 2 + 1)), config.products // 2 + 1)
+            planes = config.products // 2 + 1
+            self.split = Split(cubin(SPLIT.format(planes=planes), device), planes)
             self.halved = self.split.buffers(stored)
             self.split.run(stored, self.halved)
             self.data, self.exponent = self.halved.data, self.halved.exponent
@@ -68,8 +89,8 @@ def multiply(
     config: GemmConfig, a: Operand, b: Operand, bias: torch.Tensor, factor: float, slope: float
 ) -> torch.Tensor:
     dtype = {"float": torch.float32, "__half": torch.float16, "__nv_bfloat16": torch.bfloat16}[config.out]
-    out = torch.full((a.values.shape[0], b.values.shape[0]), float("nan"), dtype=dtype, device="cuda")
-    gemm = Gemm(config, cubin(config.source()))
+    out = torch.full((a.values.shape[0], b.values.shape[0]), float("nan"), dtype=dtype, device=a.device)
+    gemm = Gemm(config, cubin(config.source(), a.device))
     gemm.prepare(a.data, b.data, out, bias, factor, slope, (a.exponent, b.exponent), a.values.shape[1])()
     return out
 
@@ -78,75 +99,103 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
     return ((result.double() - reference).norm() / reference.norm()).item()
 
 
-@hopper
-@pytest.mark.gpu
-@pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize("majors", MAJORS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_product_with_epilogue(kind: str, majors: tuple[str, str], cluster: int) -> None:
+def bias_of(n: int, device: str) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(5)).to(device)
+
+
+ALL = [*itertools.product(KINDS, MAJORS, [1, 2])]
+# Each kind with both clusters, and every pair of majors.
+SIMULATED = [(kind, MAJORS[(i + 3 * j) % 4], j + 1) for i, kind in enumerate(KINDS) for j in (0, 1)]
+
+
+@pytest.mark.parametrize(("device", "kind", "majors", "cluster"), each_device(SIMULATED, ALL))
+def test_product_with_epilogue(kind: str, majors: tuple[str, str], cluster: int, device: str) -> None:
     config = replace(KINDS[kind], major_a=majors[0], major_b=majors[1], cluster=cluster)
-    for m, n, k in SHAPES:
-        a, b = Operand(config, m, k, majors[0]), Operand(config, n, k, majors[1])
-        bias = torch.randn(n, device="cuda")
+    if device == "cpu":
+        config = replace(config, stages=2)
+    for m, n, k in SHAPES if device == "cuda" else SMALL:
+        a, b = Operand(config, m, k, majors[0], device), Operand(config, n, k, majors[1], device)
+        bias = bias_of(n, device)
         result = multiply(config, a, b, bias, 2.0, 0.1)
         reference = (a.values.double() @ b.values.double().T + bias.double()) * 2
         reference = torch.where(reference > 0, reference, reference * 0.1)
         assert relative(result, reference) < TOLERANCE[kind], (m, n, k)
-        assert torch.equal(result, multiply(config, a, b, bias, 2.0, 0.1))
+        if device == "cuda":
+            assert torch.equal(result, multiply(config, a, b, bias, 2.0, 0.1))
 
 
-@hopper
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(256, 128), (128, 128)])
-def test_other_tiles(tile: tuple[int, int]) -> None:
-    config = replace(BF16, tile=tile)
-    a, b = Operand(config, 600, 520, "K"), Operand(config, 392, 520, "K")
-    result = multiply(config, a, b, torch.zeros(392, device="cuda"), 1.0, 1.0)
+def test_any_order_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedKernel, "schedules", 3)
+    config = replace(BF16, major_b="MN", stages=2, cluster=2)  # compiled above too
+    a, b = Operand(config, 136, 200, "K", "cpu"), Operand(config, 72, 200, "MN", "cpu")
+    result = multiply(config, a, b, bias_of(72, "cpu"), 1.0, 1.0)
+    reference = a.values.double() @ b.values.double().T + bias_of(72, "cpu").double()
+    assert relative(result, reference) < TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("device", "tile", "shape"),
+    each_device([((256, 128), (264, 136, 72))], [((256, 128), (600, 392, 520)), ((128, 128), (600, 392, 520))]),
+)
+def test_other_tiles(tile: tuple[int, int], shape: tuple[int, int, int], device: str) -> None:
+    config, (m, n, k) = replace(BF16, tile=tile), shape
+    a, b = Operand(config, m, k, "K", device), Operand(config, n, k, "K", device)
+    result = multiply(config, a, b, torch.zeros(n, device=device), 1.0, 1.0)
     assert relative(result, a.values.double() @ b.values.double().T) < TOLERANCE["bf16"]
 
 
-@hopper
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["bf16", "f16x3"])
-def test_rows_of_any_length(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "kind", "shape"),
+    each_device([("bf16", (133, 101, 72))], [("bf16", (333, 1001, 1000)), ("f16x3", (333, 1001, 1000))]),
+)
+def test_rows_of_any_length(kind: str, shape: tuple[int, int, int], device: str) -> None:
     """The result's rows need no alignment, and nothing past them is written."""
-    config = replace(KINDS[kind], aligned=False)
-    a, b = Operand(config, 333, 1000, "K"), Operand(config, 1001, 1000, "K")
-    result = multiply(config, a, b, torch.zeros(1001, device="cuda"), 1.0, 1.0)
+    config, (m, n, k) = replace(KINDS[kind], aligned=False), shape
+    a, b = Operand(config, m, k, "K", device), Operand(config, n, k, "K", device)
+    result = multiply(config, a, b, torch.zeros(n, device=device), 1.0, 1.0)
     assert relative(result, a.values.double() @ b.values.double().T) < TOLERANCE[kind]
 
 
-@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SIMULATED, ids=str)
+def test_simulator_gives_the_bits_of_the_gpu(case: tuple[str, tuple[str, str], int]) -> None:
+    kind, majors, cluster = case
+    config = replace(KINDS[kind], major_a=majors[0], major_b=majors[1], cluster=cluster)
+    m, n, k = 136, 264, 392
+    results = []
+    for device in ("cpu", "cuda"):
+        a, b = Operand(config, m, k, majors[0], device), Operand(config, n, k, majors[1], device)
+        results.append(multiply(config, a, b, bias_of(n, device), 2.0, 0.1))
+    assert same_bits(*results)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [128, 512, 4096])
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand])
 def test_three_products_are_more_accurate_than_sgemm(draw: object, k: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    a = Operand(F16X3, 2048, k, "K", draw(2048, k, device="cuda"))  # type: ignore[operator]
-    b = Operand(F16X3, 2048, k, "K", draw(2048, k, device="cuda"))  # type: ignore[operator]
+    a = Operand(F16X3, 2048, k, "K", "cuda", draw(2048, k, device="cuda"))  # type: ignore[operator]
+    b = Operand(F16X3, 2048, k, "K", "cuda", draw(2048, k, device="cuda"))  # type: ignore[operator]
     reference = a.values.double() @ b.values.double().T
     ours = relative(multiply(F16X3, a, b, torch.zeros(2048, device="cuda"), 1.0, 1.0), reference)
     theirs = relative(a.values @ b.values.T, reference)
     assert ours < theirs * (1.0 if k < 512 else 0.5)
 
 
-@hopper
-@pytest.mark.gpu
 @pytest.mark.parametrize("power", [-100, 0, 100])
-def test_scales_are_undone(power: int) -> None:
-    a = Operand(F16X3, 128, 256, "K", torch.randn(128, 256, device="cuda") * 2.0**power)
-    b = Operand(F16X3, 128, 256, "K", torch.randn(128, 256, device="cuda") * 2.0**-power)
+def test_scales_are_undone(power: int, device: str) -> None:
+    n, k = 128, 256 if device == "cuda" else 64
+    a = Operand(F16X3, n, k, "K", device, torch.randn(n, k) * 2.0**power)
+    b = Operand(F16X3, n, k, "K", device, torch.randn(n, k) * 2.0**-power)
     reference = a.values.double() @ b.values.double().T
-    assert relative(multiply(F16X3, a, b, torch.zeros(128, device="cuda"), 1.0, 1.0), reference) < TOLERANCE["f16x3"]
+    assert relative(multiply(F16X3, a, b, torch.zeros(n, device=device), 1.0, 1.0), reference) < TOLERANCE["f16x3"]
 
 
-@hopper
-@pytest.mark.gpu
-def test_split_keeps_22_bits_and_finds_magnitudes() -> None:
-    for shape in ((300, 1004), (33, 7), (2, 3000)):
-        x = torch.randn(shape, device="cuda") * torch.exp2(torch.randint(-10, 1, shape, device="cuda"))
+def test_split_keeps_22_bits_and_finds_magnitudes(device: str) -> None:
+    for shape in ((300, 1004), (33, 7), (2, 3000)) if device == "cuda" else ((20, 1004), (33, 7)):
+        x = torch.randn(shape, device=device) * torch.exp2(torch.randint(-10, 1, shape, device=device))
         x[0] = 2
-        halved = Operand(F16X3, *shape, "K", x).halved
+        halved = Operand(F16X3, *shape, "K", device, x).halved
         scaled = torch.ldexp(x.double(), halved.exponent)
         assert 2.0**12 <= scaled[0].abs().max() <= scaled.abs().max() < 2.0**16
         residue = (scaled - halved.data[0].double() - halved.data[1].double() * 2.0**-11).abs()
@@ -155,12 +204,11 @@ def test_split_keeps_22_bits_and_finds_magnitudes() -> None:
         assert torch.equal(halved.columns.view(torch.float32), x.abs().amax(0))
 
 
-@hopper
 @pytest.mark.gpu
 def test_patch_recomputes_what_the_halves_cannot_hold() -> None:
     m, n, k = 1024, 768, 512
     x, w = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
-    a, b = Operand(F16X3, m, k, "K", x), Operand(F16X3, n, k, "K", w)
+    a, b = Operand(F16X3, m, k, "K", "cuda", x), Operand(F16X3, n, k, "K", "cuda", w)
     x[3, 7], x[200, 100], x[512] = float("inf"), float("nan"), x[512] * 2.0**40
     x[900] *= 2.0**-40
     w[700, 0] = float("-inf")
@@ -170,7 +218,7 @@ def test_patch_recomputes_what_the_halves_cannot_hold() -> None:
     bias = torch.zeros(n, device="cuda")
     out = multiply(F16X3, a, b, bias, 1.0, 1.0)
     source, threads, shared = PATCH
-    patch = Kernel(cubin(source), "patch", shared)
+    patch = Kernel(compiled(source), "patch", shared)
     tiles = -(-m // 128) * -(-n // 128)
     lost = torch.zeros(tiles * 8, dtype=torch.uint8, device="cuda")
     arguments = [x, k, w, k, m, n, k, a.halved.words, b.halved.words, lost, bias, out, 1.0, 1.0]

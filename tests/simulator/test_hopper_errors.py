@@ -13,7 +13,7 @@ from fusewright.simulator import errors
 from fusewright.simulator.simulate import SimulatedKernel, Simulator
 from kernels import line_of
 
-# What the bugs are planted into: 128 threads that load a box of 128 rows of 128 bytes, multiply it by itself and store it.
+# What bugs are planted into: 128 threads that load a box of 128 rows of 128 bytes and multiply it by itself.
 START = """#include "sm90.cuh"
 using namespace fusewright;
 extern "C" __global__ void __launch_bounds__(128, 1) NAME(const __grid_constant__ TensorMap map, float* out) {
@@ -266,8 +266,7 @@ BUGS: Mapping[str, Bug] = {
     ),
     "warps_disagree": Bug(
         errors.BarrierDivergence,
-        READY
-        + "wgmma_fence();\nwgmma<__half, Major::K, Major::K>(sums, x, y + (thread < 64 ? 0 : 2), false);  // BUG\n",
+        READY + "wgmma_fence();\nwgmma<__half, Major::K, Major::K>(sums, x, y + thread / 64 * 2, false);  // BUG\n",
         95,
         ("other operands",),
     ),
@@ -335,7 +334,10 @@ def test_planted_bug_is_caught(kernels: Mapping[str, SimulatedKernel], name: str
 
 
 CORRECT = {
-    "loaded_and_multiplied": READY + "wgmma_fence();\n" + PRODUCT + "wgmma_commit();\nwgmma_wait<0>();\nout[thread] = sums[0];",
+    "loaded_and_multiplied": READY
+    + "wgmma_fence();\n"
+    + PRODUCT
+    + "wgmma_commit();\nwgmma_wait<0>();\nout[thread] = sums[0];",
     # A fence by one thread that knows of the writes through a barrier.
     "fenced_by_the_reader": WROTE
     + "__syncthreads();\nif (thread == 0) { fence_proxy_async(); tensor_store(&map, shared, 0, 0, 0);\n"
