@@ -71,8 +71,9 @@ extern "C" __global__ void __launch_bounds__(Simt::kThreads, Simt::kBlocksPerMul
 patch(const float* __restrict__ a, int64_t a_row_stride, const float* __restrict__ b, int64_t b_column_stride,
       int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
       const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
-    const fusewright::SplitPatch<128, 128, Simt::kThreads, 128, 128> found{{fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true),
-        fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true), lost, M, N}};
+    const auto x = fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true);
+    const auto y = fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true);
+    const fusewright::SplitPatch<128, 128, Simt::kThreads, 128, 128> found{{x, y, lost, M, N}};
     int64_t m;
     int n;
     Simt::locate(blockIdx.x, M, N, m, n);

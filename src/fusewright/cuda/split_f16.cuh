@@ -19,7 +19,7 @@ __device__ __forceinline__ float split_scale(int exponent) { return __int_as_flo
 // that they lose bits of all of it: its products must be computed in float32.
 __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) {
     const float scaled = __int_as_float(magnitude) * split_scale(exponent);
-    return magnitude != 0 && !(scaled >= 0x1p-14f && scaled < 65520.0f);  // 65520 rounds to infinity; NaN fails too
+    return (magnitude != 0) & !(scaled >= 0x1p-14f && scaled < 65520.0f);  // 65520 rounds to infinity; NaN fails too
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
@@ -42,26 +42,31 @@ struct SplitOperand {
     __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
         return {halves + layout.exponent(), halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes())};
     }
-    __device__ __forceinline__ bool out_of_range(int64_t i) const { return split_out_of_range(magnitudes[i], *exponent); }
+    __device__ __forceinline__ bool out_of_range(int64_t i, int64_t count) const {
+        return split_out_of_range(i < count ? magnitudes[i] : 0, *exponent);
+    }
 };
 
-// Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN, that computes again what has a row of a or a
-// column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN) lost bits.
-template <int kM, int kN, int kTileM, int kTileN> struct SplitPatch {
+// Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN by kThreads threads, that computes again what has
+// a row of a or a column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN)
+// lost bits.
+template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatch {
     const SplitOperand a, b;
     const uint8_t* lost;
     int64_t M, N;
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
 
     __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
 
-    // Whether something is wrong in the share that this thread of the block looks at.
+    // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
+    // loads of several tiles are under way together.
     __device__ __forceinline__ bool sees(int64_t m, int n) const {
         const int64_t tile = m / kTileM * ((N + kTileN - 1) / kTileN) + n / kTileN;
         bool found = reinterpret_cast<const uint64_t*>(lost)[tile] != 0;
-        for (int i = threadIdx.x; i < kM; i += blockDim.x)
-            if (m + i < M) found |= a.out_of_range(m + i);
-        for (int i = threadIdx.x; i < kN; i += blockDim.x)
-            if (n + i < N) found |= b.out_of_range(n + i);
+#pragma unroll
+        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
+#pragma unroll
+        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(n + i + threadIdx.x, N);
         return found;
     }
 };

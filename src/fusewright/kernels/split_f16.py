@@ -222,7 +222,7 @@ def patch_guard(
 
     patch, tile: rows and columns of the patch's tiles and of the product's. least_k: where K is smaller, all tiles.
     """
-    constants = ", ".join(str(n) for n in (*patch, *tile))
+    constants = ", ".join(str(n) for n in (*patch, "Gemm::kThreads", *tile))
     setup = call(f"const fusewright::SplitPatch<{constants}> patch", [a.device(), b.device(), "lost", "M", "N"], ";")
     setup[0], setup[-1] = setup[0].replace("patch(", "patch{"), setup[-1].replace(");", "};")
     seen = "patch.sees(m, n)" if isinstance(a.matrix.shape[1], int) else f"(patch.sees(m, n) || K < {least_k})"
