@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusewright.chip import Chip
-from fusewright.fusion.plan import FusionPlan, Region, Step
+from fusewright.fusion.plan import Encode, Fallback, FusionPlan, Gemm, Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
 from fusewright.tools.planned import Planned
@@ -26,7 +26,7 @@ Sizes = Mapping[sympy.Symbol, int]
 
 @dataclass(frozen=True)
 class RegionRow:
-    """One kernel: the operators that it computes, its family, launches, bytes moved, FLOP of its product, floor (s)."""
+    """One step: the operators that it computes, its family, launches, bytes moved, FLOP of its product, floor (s)."""
 
     operators: list[str]
     kernel: str
@@ -58,7 +58,8 @@ class Explanation:
 def explain(planned: Planned, sizes: Sizes, chip: Chip) -> Explanation:
     """Describes one planned graph at `sizes`."""
     plan = planned.plan
-    rows = [_row(region, planned.programs[region.name], plan, sizes, chip) for region in plan.regions]
+    steps = [s for s in plan.steps if not isinstance(s, Fallback)]
+    rows = [_row(step, planned.programs[step.name], plan, sizes, chip) for step in steps]
     origins = {o for n in planned.graph.nodes() for o in planned.graph.origins.get(n, ())}
     fallback_bytes = sum(_bytes(f, plan, sizes) for f in plan.fallbacks)
     return Explanation(
@@ -74,24 +75,31 @@ def explain(planned: Planned, sizes: Sizes, chip: Chip) -> Explanation:
     )
 
 
-def _row(region: Region, program: Program, plan: FusionPlan, sizes: Sizes, chip: Chip) -> RegionRow:
-    moved = _bytes(region, plan, sizes)
+def _row(step: Region | Encode, program: Program, plan: FusionPlan, sizes: Sizes, chip: Chip) -> RegionRow:
+    moved = _bytes(step, plan, sizes)
     flop = 0
     rate = chip.fp32
-    if region.gemm is not None:
-        (m, k), n = region.gemm.a.shape, region.gemm.b.shape[1]
+    if isinstance(step, Region) and step.gemm is not None:
+        (m, k), n = step.gemm.a.shape, step.gemm.b.shape[1]
         flop = 2 * int(evaluate(m, sizes)) * int(evaluate(n, sizes)) * int(evaluate(k, sizes))
-        sixteen = region.gemm.a.dtype in (torch.float16, torch.bfloat16)
-        rate = chip.fp16 if sixteen else chip.fp64 if region.gemm.a.dtype == torch.float64 else chip.fp32
+        rate = _rate(step.gemm, chip)
     return RegionRow(
-        operators=region.operators,
-        kernel=region.name,
+        operators=step.operators,
+        kernel=step.name,
         family=f"{program.family} {program.variant}".strip(),
         launches=len(program.launches) + (program.library is not None),
         bytes=moved,
         flop=flop,
         floor_seconds=max(moved / chip.bandwidth, flop / rate),
     )
+
+
+def _rate(gemm: Gemm, chip: Chip) -> float:
+    """FLOP per second of a product; by halves, two planes each, three products make one."""
+    if gemm.encoded:
+        return chip.fp16 / (3 if gemm.encoded[0].halves.planes == 2 else 1)
+    sixteen = gemm.a.dtype in (torch.float16, torch.bfloat16)
+    return chip.fp16 if sixteen else chip.fp64 if gemm.a.dtype == torch.float64 else chip.fp32
 
 
 def _bytes(step: Step, plan: FusionPlan, sizes: Sizes) -> int:
