@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusewright.doors import compile, linear
+    from fusewright.doors import compile, linear, thaw
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compile", "linear"]
+__all__ = ["__version__", "compile", "linear", "thaw"]
 
 
 def __getattr__(name: str) -> Any:
     """The doors, imported when they are first used: the command line starts without torch."""
-    if name in ("compile", "linear"):
+    if name in ("compile", "linear", "thaw"):
         from fusewright import doors
 
         globals()[name] = getattr(doors, name)

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from fusewright.errors import CannotFuse, FusewrightError
 from fusewright.fusion.plan import FusionPlan
+from fusewright.runtime.frozen import thaw
 from fusewright.settings import Settings
+
+__all__ = ["compile", "linear", "thaw"]
 
 
 def compile(
@@ -56,7 +59,7 @@ def linear(
     Raises CannotFuse, which names the operator, if the epilogue does not fit into the product's kernel;
     UnknownSetting, InvalidSetting, MixedDevices.
     """
-    epilogue = epilogue or _as_it_is
+    epilogue = _as_it_is if epilogue is None else epilogue
     if torch.compiler.is_compiling():
         return _linear(x, weight, bias, epilogue, operands)
     layout = (x.dim(), x.shape[-1:], x.dtype, x.device, weight.shape, weight.stride(), weight.dtype)

@@ -26,7 +26,7 @@ class Settings:
     simulator. schedules: how many thread orders the simulator tries. arch: the chip to compile for when there is
     no GPU; None means the GPU at hand. cuda_graphs: replay what a call launches as one CUDA graph.
     freeze: parameters and buffers never change, so what is made of them (fp16 halves of float32 weights) is kept from
-    one call to the next, in as much memory again; refuses gradients. `fusewright.runtime.frozen.thaw` forgets it.
+    one call to the next, in as much memory again; refuses gradients. `fusewright.thaw()` forgets it.
     """
 
     library: bool = True
