@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from functorch.compile import aot_function, make_boxed_func
 
 from fusewright.fusion.plan import View
-from graphs import Planned, check
+from graphs import Planned, check, planned, planned_module
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
@@ -105,3 +105,24 @@ def test_never_keeps_more_than_the_default(name: str) -> None:
     record = check(function, *inputs, tolerance=SIXTH)
     ours = sum(int(torch.tensor(b.shape).prod()) * b.dtype.itemsize for b in saved(record))
     assert ours <= default_bytes(function, inputs)
+
+
+@pytest.mark.parametrize("stride", [(4, 1), (1, 3), (16, 2)], ids=["rows", "columns", "a slice"])
+def test_an_input_that_the_model_overwrites_is_kept_as_it_was(stride: tuple[int, int]) -> None:
+    """The sum is cheapest computed again, from x and y; but by then y holds something else."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = F.layer_norm((x + y).t(), (3,))
+        y.mul_(2)
+        return h
+
+    first, second = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    results = []
+    for run in (model, planned(model)[0], planned_module(model)[0]):
+        x = first.clone().requires_grad_()
+        y = torch.empty_strided((3, 4), stride, dtype=torch.float64).copy_(second)
+        out = run(x, y)
+        out.square().sum().backward()
+        results.append((out.detach(), y, x.grad))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])

@@ -38,7 +38,7 @@ def partition_joint(
     graph = pipeline.run(from_fx(joint), pipeline.BEFORE_PARTITION)
     if capabilities is not None:
         graph = encode_operands(graph, capabilities)
-    split = partition(graph, num_fwd_outputs, tangents)
+    split = partition(graph, num_fwd_outputs, tangents, _mutated(joint, placeholders))
     module, nodes = _Exporter(joint).export(split.graph)
     forward, backward = partitioners._extract_fwd_bwd_modules(
         module,
@@ -48,6 +48,13 @@ def partition_joint(
     )
     forward.meta[RESULTS] = num_fwd_outputs
     return forward, backward
+
+
+def _mutated(joint: fx.GraphModule, placeholders: Sequence[fx.Node]) -> frozenset[int]:
+    """The inputs that AOTAutograd overwrites with a result of the forward once that has run."""
+    described = joint.graph.output_node().meta.get("desc", ())
+    mutated = {output.mutated_input for output in described if hasattr(output, "mutated_input")}
+    return frozenset(i for i, p in enumerate(placeholders) if p.meta.get("desc") in mutated)
 
 
 @dataclass

@@ -27,12 +27,19 @@ class Partition:
     saved: tuple[Node, ...]
 
 
-def partition(joint: Graph, forward_outputs: int, tangents: frozenset[int]) -> Partition:
-    """Chooses what to save. tangents: the indices of the inputs that are output gradients."""
+def partition(
+    joint: Graph, forward_outputs: int, tangents: frozenset[int], mutated: frozenset[int] = frozenset()
+) -> Partition:
+    """Chooses what to save.
+
+    tangents: the indices of the inputs that are output gradients. mutated: of those that the caller overwrites when
+    the forward has run; where the backward needs one, a copy is saved.
+    """
+    overwritten = {node for i, node in enumerate(joint.inputs) if i in mutated}
     late = _dependents(joint, {node for i, node in enumerate(joint.inputs) if i in tangents})
     backward_outputs = {o for o in joint.outputs[forward_outputs:] if o is not None}
-    saved = _minimum_cut(joint, late, backward_outputs)
-    return _pack_masks(joint, forward_outputs, saved, late)
+    saved = _minimum_cut(joint, late, backward_outputs, overwritten)
+    return _rebuild(joint, forward_outputs, saved, late, overwritten)
 
 
 def _dependents(graph: Graph, sources: set[Node]) -> set[Node]:
@@ -43,7 +50,7 @@ def _dependents(graph: Graph, sources: set[Node]) -> set[Node]:
     return late
 
 
-def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node]) -> list[Node]:
+def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node], overwritten: set[Node]) -> list[Node]:
     network = networkx.DiGraph()
     network.add_nodes_from(("source", "sink"))
     early = [n for n in joint.nodes() if n not in late and n.op not in ("constant", "size")]
@@ -52,7 +59,7 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node]) -> 
     # Encodings that only the backward reads are made there; what the forward makes is never made again.
     late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
     for node in early:
-        network.add_edge((node, "in"), (node, "out"), capacity=_cost(node))
+        network.add_edge((node, "in"), (node, "out"), capacity=_cost(node, node in overwritten))
         if not (is_pointwise(node.op) or node.op in VIEWS or node.op == "unpack_bits" or node in late_encodings):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         for source in node.inputs:
@@ -64,9 +71,9 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node]) -> 
     return [n for n in early if (n, "in") in reached and (n, "out") not in reached]
 
 
-def _cost(node: Node) -> float:
+def _cost(node: Node, overwritten: bool) -> float:
     """Bytes that it takes to keep a node until the backward. Inputs are alive anyway; a view is kept as its base."""
-    if node.op == "input":
+    if node.op == "input" and not overwritten:
         return 1.0
     if node.op in VIEWS or node.type is None:
         return float("inf")
@@ -74,11 +81,14 @@ def _cost(node: Node) -> float:
     return 2.0 + evaluate_typical(node.tensor.numel) * bits / 8
 
 
-def _pack_masks(joint: Graph, forward_outputs: int, saved: list[Node], late: set[Node]) -> Partition:
-    """Rebuilds the graph with `unpack(pack(mask))` in place of each saved mask wherever the backward reads it."""
+def _rebuild(
+    joint: Graph, forward_outputs: int, saved: list[Node], late: set[Node], overwritten: set[Node]
+) -> Partition:
+    """The graph in which the backward reads each saved value in the form that it is saved in: a mask as
+    `unpack(pack(mask))`, an input that is overwritten as its copy."""
     builder = Builder()
     new: dict[Node, Node] = {}
-    # What the backward reads in place of a node: an unpacked mask, or a node computed again from one.
+    # What the backward reads in place of a node: another form of it, or a node computed again from one.
     again: dict[Node, Node] = {}
     kept: list[Node] = []
     origins: dict[Node, frozenset[Origin]] = {}
@@ -89,9 +99,11 @@ def _pack_masks(joint: Graph, forward_outputs: int, saved: list[Node], late: set
             origins[new[node]] = joint.origins[node]
         if node in saved:
             kept.append(new[node])
-            if node.op != "input" and node.tensor.dtype == torch.bool and node.tensor.shape:
-                packed, again[node] = mask_pair(builder, new[node])
-                kept[-1] = packed
+            if node.op == "input":
+                if node in overwritten:
+                    kept[-1] = again[node] = builder.node("copy", (new[node],), node.type, of="saved")
+            elif node.tensor.dtype == torch.bool and node.tensor.shape:
+                kept[-1], again[node] = mask_pair(builder, new[node])
         elif node not in late and any(i in again for i in node.inputs):
             inputs = [again.get(i, new[i]) for i in node.inputs]
             again[node] = builder.node(node.op, inputs, node.type, **dict(node.attributes))
