@@ -142,6 +142,14 @@ def test_killed_in_the_middle_of_a_write(cache: Cache, monkeypatch: pytest.Monke
     assert not partial.exists()
 
 
+def test_interrupted_in_the_middle_of_a_write(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", lambda *_: signal.raise_signal(signal.SIGINT))
+        cache.fetch("key", lambda: FILES)
+    assert [p.suffix for p in cache.folder.iterdir()] in ([], [".lock"])
+    assert cache.fetch("key", lambda: FILES).files == FILES
+
+
 def test_killed_while_building_frees_the_lock(cache: Cache, tmp_path: Path) -> None:
     started = tmp_path / "started"
 
