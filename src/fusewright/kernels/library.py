@@ -38,10 +38,12 @@ class Library:
         direct = _direct(region, gemm)
         if direct is not None:
             return [Program(self.name, region, (), library=LibraryCall(gemm.a, gemm.b, None, direct))]
+        plain = _with_product(region, chip, None, _accumulators(region), gemm.accumulator)
         biased = _biased(region, gemm)
-        if biased is not None:
-            return [biased(chip)]
-        return [_with_product(region, chip, None, _accumulators(region), gemm.accumulator)]
+        if biased is None:
+            return [plain]
+        # The library takes another algorithm where it adds the bias itself; which one is faster depends on the sizes.
+        return [biased(chip), plain] if gemm.accumulator == gemm.a.dtype else [biased(chip)]
 
 
 def _direct(region: Region, gemm: Gemm) -> str | None:
