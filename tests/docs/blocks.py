@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -99,7 +100,7 @@ class Runner:
         elif block.language == "python" and block.words and block.words[0].endswith(".py"):
             Path(block.words[0]).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            self.printed = self._shell([sys.executable, "-c", block.text])
+            self.printed = self._python(block)
         elif block.language == "text" and self.printed:
             self._compare(block, self.printed)
         elif block.language == "cuda":
@@ -132,6 +133,14 @@ class Runner:
         printed = self.capfd.readouterr()
         assert code == 0, f"{shlex.join(words)}: exit code {code}\n{printed.err}"
         return printed.out
+
+    def _python(self, block: Block) -> str:
+        """In this process, too, under the names that a script has."""
+        script = Path(f"line_{block.line}.py")
+        script.write_text(block.text, encoding="utf-8")
+        self.capfd.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return self.capfd.readouterr().out
 
     def _shell(self, command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

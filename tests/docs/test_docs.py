@@ -19,13 +19,6 @@ def ids(path: Path) -> str:
     return path.name
 
 
-def test_the_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Followed word for word."""
-    runner = Runner(tmp_path, monkeypatch, capfd)
-    for block in blocks(TOUR):
-        runner.run(block)
-
-
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.name != "CONTRIBUTING.md"], ids=ids)
 def test_commands(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
