@@ -65,7 +65,7 @@ TIES = frozenset(
     }
 )
 # Sums whose terms may cancel: an error is that of the terms, as it is for every gradient.
-CANCELLING = frozenset({"addcmul", "addcdiv", "lerp"})
+CANCELLING = frozenset({"addcmul", "addcdiv", "lerp", "nn.functional.gelu"})
 
 # What ATen computes, as docs/operators.md says; and parts of a sample that are not element by element.
 ATEN = frozenset(
@@ -77,6 +77,8 @@ ATEN = frozenset(
         *(f"special.{s}modified_bessel_k{n}" for s in ("", "scaled_") for n in (0, 1)),
     )
 )
+# torch's own fake tensors have other strides than its kernels.
+OTHER_STRIDES = frozenset({"ldexp"})
 NOT_POINTWISE = frozenset({"arange", "cat", "sum"})
 
 LIMIT = 1.25
@@ -130,7 +132,7 @@ class Call:
 
 
 def calls(name: str, device: str, dtypes: Sequence[torch.dtype], limit: int) -> list[Call]:
-    """Of each dtype that the operator takes at most `limit` samples, one of them strided, and one of special values."""
+    """Of each dtype that the operator takes, at most `limit` samples from all over, a strided and a special one."""
     op = database()[name]
     kind = torch.device(device).type
     found = []
@@ -140,7 +142,8 @@ def calls(name: str, device: str, dtypes: Sequence[torch.dtype], limit: int) -> 
         differentiable = dtype.is_floating_point and dtype in op.supported_backward_dtypes(kind)
         torch.manual_seed(0)
         samples = op.sample_inputs(device, dtype, requires_grad=differentiable)
-        several = [_call(op, name, s, dtype) for s in samples if isinstance(s.input, Tensor)][:limit]
+        every = [_call(op, name, s, dtype) for s in samples if isinstance(s.input, Tensor)]
+        several = every[len(every) // (2 * limit) :: max(1, len(every) // limit)][:limit]
         if several:
             several.append(several[-1].with_tensors(_strided))
         if dtype.is_floating_point and takes_special(name) and (extreme := _extreme(several)) is not None:
@@ -303,7 +306,7 @@ class _Gate:
 
     def value(self, call: Call, ours: Tensor, theirs: Tensor, right: Tensor) -> None:
         title = f"{call.name} {call.dtype}"
-        if ours.stride() != theirs.stride() and ours.numel():
+        if ours.stride() != theirs.stride() and ours.numel() and call.name not in OTHER_STRIDES:
             self.complaints.append(f"{title}: strides {ours.stride()} where eager gives {theirs.stride()}")
         if call.name in EXACT or not theirs.is_floating_point():
             # Not all of eager's square roots on the CPU are rounded correctly; float64's, rounded, are.
