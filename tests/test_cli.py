@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +16,9 @@ import pytest
 import torch
 
 from fusewright import __version__, cli
+from fusewright.cli.output import Output
+from fusewright.runtime.cache import Cache, fingerprint, stored
+from fusewright.tools import bench, doctor
 from fusewright.tools import explain as explanation
 from model_files import MODELS, model
 
@@ -218,3 +224,157 @@ def test_verify_knows_only_its_own_files_without_a_gpu(run: Run, tmp_path: Path)
     (tmp_path / "model_new.py").write_text(text.replace("nn.Linear(20, 16)", "nn.Linear(20, 16, bias=True)"))
     done = run("verify", "model.py", "model_new.py")
     assert done.code == 2 and "is not what this version writes" in done.err
+
+
+# ---- help, completion, and what starts fast
+
+
+def commands() -> list[list[str]]:
+    groups = [[g.name, c.name] for g in cli.app.registered_groups for c in g.typer_instance.registered_commands]
+    return [[c.callback.__name__] for c in cli.app.registered_commands if c.callback] + groups
+
+
+def test_help_that_a_newcomer_can_work_from(run: Run) -> None:
+    """The way in names every step; each command has examples that call it, with options that it has."""
+    way_in = run().out or run("--help").out
+    for words in ("doctor", "explain model.py", "optimize model.py", "bench model.py", "--install-completion"):
+        assert words in way_in
+    for command in commands():
+        shown = " ".join(run(*command, "--help").out.split())
+        assert "--json" in shown, command
+        examples = shown.partition("Examples: ")[2]
+        if command != ["cache", "info"]:
+            assert f"fusewright {' '.join(command)}" in examples, command
+        for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", examples):
+            assert option in shown.partition("Examples: ")[0], f"{option} of an example of {command}"
+
+
+COMPLETED = {
+    "fusewright ver": ["verify"],
+    "fusewright cache ": ["info", "clear"],
+    "fusewright optimize --arch sm_9": ["sm_90a"],
+    "fusewright optimize --dtype b": ["bfloat16"],
+    "fusewright bench --mode back": ["backward"],
+    "fusewright bench --cuda": ["--cuda-graphs"],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_completion(line: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bash asks for it."""
+    monkeypatch.setenv("_FUSEWRIGHT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    assert run().out.split() == COMPLETED[line]
+
+
+def test_completion_scripts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        monkeypatch.setenv("_FUSEWRIGHT_COMPLETE", f"source_{shell}")
+        assert "_FUSEWRIGHT_COMPLETE" in run().out
+
+
+def test_it_starts_without_torch() -> None:
+    """Completion and help answer at once; torch takes seconds."""
+    code = "import sys, fusewright.cli; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# ---- JSON
+
+
+def test_json_goes_nowhere_bad(run: Run, tmp_path: Path) -> None:
+    """It is refused before the work, and never written over the model."""
+    (tmp_path / "model.py").write_text(GOOD)
+    for path, says in (("model.py", "the input itself"), ("missing/out.json", "create it"), (".", "folder")):
+        done = run("explain", "model.py", "--json", path)
+        assert done.code == 2 and says in done.err
+    assert (tmp_path / "model.py").read_text() == GOOD and [p.name for p in tmp_path.iterdir()] == ["model.py"]
+
+
+def test_json_of_optimize_stands_alone(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(GOOD)
+    done = run("optimize", "model.py", "--no-verify", "--json", "-")
+    found = json.loads(done.out)
+    assert done.code == 0 and "wrote model_new.py" in done.err
+    assert found["out"] == "model_new.py" and (tmp_path / "model_new.py").exists() and found["check"] is None
+    assert [k["graph"] for k in found["kernels"]][:2] == ["inference", "forward"]
+    assert all(k["registers"] > 0 and k["spill_bytes"] == 0 for k in found["kernels"])
+
+
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown() -> str:
+        with Output("explain").loading():
+            pass
+        return capsys.readouterr().out
+
+    assert shown() == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "loading torch" in shown()
+
+
+# ---- bench, doctor, cache
+
+
+def test_bench_without_a_gpu(run: Run, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    (tmp_path / "model.py").write_text(GOOD)
+    done = run("bench", "model.py", "--json", "out.json", "--plot", "out.png")
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith("error: bench measures on an NVIDIA GPU") and "fusewright doctor" in done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.py"]
+
+
+def test_bench_reports(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the options to the request, and from what was measured to the text, the JSON and the picture."""
+    pytest.importorskip("matplotlib")
+    requests: list[bench.Request] = []
+    rates = {"copy_bytes_per_s": 1e12, "fp16_flop_per_s": 1e15}
+    mode = bench.Mode(0.1, 100, 100, 10, {"eager": bench.Timed(1.0, 0.9, 1.1, 50, 0.1)}, "eager", None)
+
+    def measure(request: bench.Request, console: object) -> bench.Bench:
+        requests.append(request)
+        print("printed by the file")
+        modes = {"forward": mode}
+        return bench.Bench("m", "new.py", "", "", True, False, {"device": "A GPU"}, rates, modes, {}, {}, [])
+
+    monkeypatch.setattr(bench, "require_gpu", lambda: None)
+    monkeypatch.setattr(bench, "bench", measure)
+    options = "--dtype bfloat16 --set rows=3 --allow-tf32 --mode both --quick --trials 60 --first-call --plot out.svg"
+    done = run("bench", "model.py", "new.py", *options.split(), "--json", "-")
+    assert done.code == 0 and "A GPU" in done.err and "printed by the file" in done.err
+    assert json.loads(done.out)["modes"]["forward"]["timings"]["eager"]["ms"] == 1.0
+    assert (tmp_path / "out.svg").exists()
+    wanted = (Path("model.py"), Path("new.py"), torch.bfloat16, {"rows": 3}, True, ("both",), True, 60, True, False)
+    assert requests == [bench.Request(*wanted)]
+    assert run("bench", "model.py", "--trials", "10").code == 2
+    assert run("bench", "model.py", "--plot", "out.doc").code == 2 and len(requests) == 1
+
+
+def test_doctor_exits_by_what_it_finds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = doctor.Finding("NVRTC", "broken", "all", "gone", "pip install it")
+    for ok in (True, False):
+        monkeypatch.setattr(doctor, "diagnose", lambda arch, console, ok=ok: doctor.Diagnosis(ok, arch, [finding]))
+        done = run("doctor", "--arch", "sm_80", "--json", "-")
+        assert done.code == (0 if ok else 1) and json.loads(done.out)["findings"][0]["fix"] == "pip install it"
+        assert json.loads(done.out)["arch"] == "sm_80"
+    assert run("doctor", "--arch", "sm_1").code == 2
+
+
+def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    for kind in ("cubin", "tuning"):
+        Cache(kind).fetch(fingerprint(kind=kind), lambda: {"a": b"12"})
+    assert "cubin" in run("cache", "info").out
+    refused = run("cache", "clear")  # nobody can be asked
+    assert refused.code == 2 and "--yes" in refused.err and "2 entries" in refused.err
+    assert "removed 1 entries" in run("cache", "clear", "--kind", "cubin", "--yes").out
+    assert [(k.kind, k.entries) for k in stored()] == [("cubin", 0), ("tuning", 1)]
+    for answer, left in (("n", 1), ("y", 0)):
+        terminal = io.StringIO(f"{answer}\n")
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert run("cache", "clear").code == left
+        assert sum(k.entries for k in stored()) == left
