@@ -65,7 +65,7 @@ class CudaRecorder:
         return int(torch._C._cuda_getCurrentRawStream(self.index))
 
     def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return bool(torch._C._cuda_isCurrentStreamCapturing())
 
     def record(self, run: Run, arguments: Sequence[Any]) -> tuple[Callable[[], None], list[Any]]:
         graph = torch.cuda.CUDAGraph()
@@ -142,14 +142,15 @@ class _Sized:
     def __init__(self, owner: Replayed, arguments: Sequence[Any]) -> None:
         self.owner = owner
         self.recordings: dict[tuple[Any, ...], _Recording | None] = {}
-        self.place = [_placing(a) for a in arguments]
-        self.seen: list[set[Any]] = [set() for _ in arguments]
+        self.in_place = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+        self.copied: set[int] = set()
+        self.seen: dict[int, set[int]] = {i: set() for i in self.in_place}
         self.copied_out: frozenset[int] = frozenset()
         self.captures = 0
         self.limit = 0 if any(isinstance(a, Tensor) and not a.numel() for a in arguments) else CAPTURES
 
     def __call__(self, arguments: Sequence[Any]) -> list[Any]:
-        places = (self.owner.recorder.stream(), *[place(a) for place, a in zip(self.place, arguments, strict=True)])
+        places = (self.owner.recorder.stream(), *[arguments[i].data_ptr() for i in self.in_place])
         recording = self.recordings.get(places)
         if recording is not None:
             held = recording.held()
@@ -164,25 +165,25 @@ class _Sized:
 
     def meet(self, places: tuple[Any, ...]) -> None:
         """Notes addresses that come for the first time, and which arguments keep moving."""
-        moving = []
-        for i, (seen, place) in enumerate(zip(self.seen, places[1:], strict=True)):
+        for i, place in zip(self.in_place, places[1:], strict=True):
+            seen = self.seen[i]
             seen.add(place)
-            if len(seen) > _STAYS and self.place[i] is Tensor.data_ptr and i not in self.owner.fixed:
-                moving.append(i)
+            if len(seen) > _STAYS and i not in self.owner.fixed:
+                self.copied.add(i)
             elif len(seen) > _PLACES:
                 seen.clear()
-        if moving:
-            self.place = [_copied if i in moving else place for i, place in enumerate(self.place)]
+        if not self.copied.isdisjoint(self.in_place):
+            self.in_place = [i for i in self.in_place if i not in self.copied]
             self.recordings.clear()
             return
         if len(self.recordings) >= _PLACES:
             del self.recordings[next(iter(self.recordings))]
         self.recordings[places] = None
 
-    def leave(self, held: Collection[int]) -> None:
+    def leave(self, held: Sequence[set[int]]) -> None:
         """Somebody holds these results of the last replay: those that are the caller's are copied out from now on."""
         results = self.owner.results
-        own = {i for i in held if results is None or i < results}
+        own = {i for i in set().union(*held) if results is None or i < results}
         if own:
             self.copied_out |= own
             self.recordings = dict.fromkeys(self.recordings)
@@ -194,7 +195,7 @@ class _Sized:
         if self.captures == CAPTURES:
             _warn(f"{CAPTURES} CUDA graphs were captured for one set of sizes; what still changes runs without one")
         with torch.inference_mode(False):
-            buffers = {i: _buffer(a) for i, a in enumerate(arguments) if self.place[i] is _copied}
+            buffers = {i: _buffer(arguments[i]) for i in sorted(self.copied)}
         for i, buffer in buffers.items():
             _copy(buffer, arguments[i])
         static = [buffers.get(i, a) for i, a in enumerate(arguments)]
@@ -219,9 +220,7 @@ class _Slot:
     copied: bool
     positions: set[int]
 
-    def fresh(self) -> Tensor:
-        if not self.copied:
-            return self.tensor.detach()
+    def copy(self) -> Tensor:
         result = _buffer(self.tensor)
         _copy(result, self.tensor)
         return result
@@ -269,9 +268,9 @@ class _Recording:
         watched = [(storage, _holders(storage), positions) for storage, positions in aliased]
         return cls(graph, buffers, list(slots.values()), make, watched)
 
-    def held(self) -> set[int]:
+    def held(self) -> list[set[int]]:
         """The results of the last replay that somebody still holds, by any alias."""
-        return {p for storage, own, positions in self.watched if _holders(storage) > own for p in positions}
+        return [positions for storage, own, positions in self.watched if _holders(storage) > own]
 
     def replay(self, arguments: Sequence[Any]) -> list[Any]:
         for i, buffer in self.buffers.items():
@@ -280,7 +279,7 @@ class _Recording:
         return self.results(arguments)
 
     def results(self, arguments: Sequence[Any]) -> list[Any]:
-        fresh = [slot.fresh() for slot in self.slots]
+        fresh = [slot.copy() if slot.copied else slot.tensor.detach() for slot in self.slots]
         return [make(fresh, arguments) for make in self.make]
 
 
@@ -301,26 +300,12 @@ def _view_of(i: int, arguments: Sequence[Any], result: Tensor) -> Make:
     return lambda fresh, arguments: arguments[i].as_strided(size, stride, arguments[i].storage_offset() + offset)
 
 
-def _placing(argument: Any) -> Callable[[Any], Any]:
-    """What of an argument a graph freezes beside the sizes: an address."""
-    return Tensor.data_ptr if isinstance(argument, Tensor) else _nothing
-
-
-def _nothing(argument: Any) -> None:
-    return None
-
-
-def _copied(argument: Any) -> None:
-    """The place of an argument that may be anywhere, because it is copied."""
-
-
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _holders(storage: int) -> int:
-    """Counts, from a constant on, the tensors that share a storage."""
-    return int(torch._C._storage_Use_Count(storage))
+# Counts, from a constant on, the tensors that share a storage.
+_holders: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 def _buffer(like: Tensor) -> Tensor:
@@ -330,9 +315,11 @@ def _buffer(like: Tensor) -> Tensor:
 
 def _copy(to: Tensor, source: Tensor) -> None:
     """Copies between tensors of the same strides; of an expanded dimension once."""
-    for dim, stride in enumerate(to.stride()):
-        if stride == 0 and to.size(dim) > 1:
-            to, source = to.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    strides = to.stride()
+    if 0 in strides:
+        for dim, stride in enumerate(strides):
+            if stride == 0 and to.size(dim) > 1:
+                to, source = to.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
     to.copy_(source)
 
 
