@@ -57,6 +57,13 @@ def test_a_16_bit_model_keeps_16_bit_values(dtype: torch.dtype) -> None:
     assert all(b.dtype.itemsize <= 2 for b in saved(record))
 
 
+def test_what_the_next_product_reads_is_kept_rather_than_what_it_came_from() -> None:
+    """It is in memory anyway; beside it a mask is enough."""
+    record = check(lambda x, w, v: F.linear(F.leaky_relu(F.linear(x, w)), v), leaf(M, K), leaf(N, K), leaf(K, N))
+    assert {(b.dtype, b.shape) for b in saved(record)} == {(torch.float64, (M, N)), (torch.uint8, (M, N // 8))}
+    assert [len(set(r.writes())) for r in record.plans[0].regions] == [2, 1]
+
+
 def test_a_mask_feeds_values_that_the_backward_computes_again() -> None:
     """`amax` divides the gradient among equal values: the count is computed from the mask, in the backward too."""
     record = check(lambda x, w: F.linear(x, w).amax(1), leaf(M, K), leaf(N, K))

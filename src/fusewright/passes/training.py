@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import networkx
 import torch
 
-from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, contiguous
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous
 from fusewright.ir.primitives import is_pointwise
 from fusewright.ir.size import evaluate_typical
+
+# What a byte counts as that the forward would not store if the backward did not read it: it is kept and written.
+_STORE = 1.1
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node], ove
     needed |= backward_outputs - late
     # Encodings that only the backward reads are made there; what the forward makes is never made again.
     late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
+    # What a product of the forward reads lies in memory there anyway.
+    stored = {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
     for node in early:
-        network.add_edge((node, "in"), (node, "out"), capacity=_cost(node, node in overwritten))
+        store = 1.0 if node in stored else _STORE
+        network.add_edge((node, "in"), (node, "out"), capacity=store * _cost(node, node in overwritten))
         if not (is_pointwise(node.op) or node.op in VIEWS or node.op == "unpack_bits" or node in late_encodings):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         for source in node.inputs:
