@@ -21,6 +21,7 @@ from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.errors import CannotReplay
 from fusewright.fusion import reference
 from fusewright.runtime import graphs
+from fusewright.runtime.frozen import thaw
 from fusewright.runtime.graphs import Replayed, check
 from graphs import planned
 
@@ -398,13 +399,24 @@ def test_any_order_of_calls_gives_what_eager_gives(seed: int) -> None:
     assert sum(towers.replays) > 5
 
 
-def test_nothing_keeps_parameters_alive() -> None:
-    call, _ = replayed(lambda x, w: [x @ w, w.t()])
+def test_what_was_made_of_frozen_parameters_is_not_replayed_after_a_thaw() -> None:
+    call, recorder = replayed(frozen=[1])
+    x, w = torch.randn(3, 4), torch.randn(4, 2)
+    for n in range(9):
+        if n % 3 == 0:
+            thaw()
+        same(call(x, w), product(x, w))
+    assert (recorder.captures, recorder.replays) == (3, 3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_frozen_parameters_are_kept_alive(frozen: bool) -> None:
+    call, _ = replayed(lambda x, w: [x @ w, w.t()], frozen=[1] if frozen else [])
     x = torch.randn(3, 4)
     w = torch.randn(4, 2)
     storage = w.untyped_storage()._cdata
     base = graphs._holders(storage)
     for _ in range(4):
-        call(x, w)
+        call(x, w.detach())
     gc.collect()
-    assert graphs._holders(storage) == base
+    assert graphs._holders(storage) == base + frozen

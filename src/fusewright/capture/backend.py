@@ -76,7 +76,7 @@ def fusewright(
         _tell_kept(executable_of(built).plan)
         if check is not None:
             check(executable_of(built).plan, is_backward(graph))
-        run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS)) if settings.cuda_graphs else built
+        run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS), kept) if settings.cuda_graphs else built
         donate_nothing()
         boxed: Callable[..., Any] = make_boxed_func(_bringing(run, host_numbers(graph), device))
         return boxed

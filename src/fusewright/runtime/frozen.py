@@ -17,6 +17,7 @@ _KEPT: dict[Hashable, tuple[StorageWeakRef, torch.Tensor]] = {}
 _LOCK = threading.Lock()
 # What CUDA graphs read, and so must stay where it is.
 _IN_GRAPHS: list[torch.Tensor] = []
+_thaws = 0
 
 
 def kept(source: torch.Tensor, layout: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -44,9 +45,16 @@ def _gone(storage: StorageWeakRef) -> bool:
     return bool(storage.expired())  # type: ignore[no-untyped-call]
 
 
+def thaws() -> int:
+    """How often everything was forgotten: what was recorded before reads what is stale."""
+    return _thaws
+
+
 def thaw() -> int:
     """Forgets the halves of all frozen parameters, so that the next call makes them anew. Returns their bytes."""
+    global _thaws
     with _LOCK:
+        _thaws += 1
         freed = sum(made.nbytes for _, made in _KEPT.values())
         _KEPT.clear()
     return freed

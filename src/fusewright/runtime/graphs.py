@@ -30,6 +30,7 @@ from fusewright.errors import CannotReplay
 from fusewright.fusion.plan import FusionPlan
 from fusewright.runtime.autotune import Tuned, executable_of
 from fusewright.runtime.executable import Executable
+from fusewright.runtime.frozen import thaws
 
 log = logging.getLogger("fusewright")
 
@@ -94,21 +95,27 @@ class Replayed:
         *,
         fixed: Collection[int] = (),
         results: int | None = None,
+        frozen: Collection[int] = (),
         fallbacks: Sequence[str] = (),
     ) -> None:
         """sizes: what decides the shapes of a call. fixed: the arguments that are never copied. results: how many of
-        the results are the caller's; those after them are for backward. fallbacks: what runs as ATen, for messages."""
+        the results are the caller's; those after them are for backward. frozen: the arguments of which `run` keeps
+        what it made; recordings keep them alive, for at their address must be nothing else. fallbacks: what runs as
+        ATen, for messages."""
         self.run = run
         self.sizes = sizes
         self.recorder = recorder
         self.fixed = frozenset(fixed)
         self.results = results
+        self.frozen = frozenset(frozen)
         self.fallbacks = fallbacks
         self._kept: dict[Hashable, _Sized] = {}
         self._lock = threading.Lock()  # between the question who holds the results and the replay
 
     @classmethod
-    def of(cls, executable: Executable | Tuned, fixed: Collection[int], results: int | None) -> Replayed:
+    def of(
+        cls, executable: Executable | Tuned, fixed: Collection[int], results: int | None, frozen: Collection[int]
+    ) -> Replayed:
         """Replays an executable on its GPU. Raises CannotReplay."""
         inner = executable_of(executable)
         check(inner.plan, inner.device)
@@ -118,6 +125,7 @@ class Replayed:
             CudaRecorder(inner.device),
             fixed=fixed,
             results=results,
+            frozen=frozen,
             fallbacks=[f.name for f in inner.plan.fallbacks],
         )
 
@@ -137,7 +145,7 @@ class Replayed:
 
 
 class _Sized:
-    """The recordings for one set of sizes, by the addresses of what they read in place; None: seen, not captured."""
+    """The recordings for one set of sizes, by stream and addresses of what they read in place; None: seen only."""
 
     def __init__(self, owner: Replayed, arguments: Sequence[Any]) -> None:
         self.owner = owner
@@ -150,7 +158,7 @@ class _Sized:
         self.limit = 0 if any(isinstance(a, Tensor) and not a.numel() for a in arguments) else CAPTURES
 
     def __call__(self, arguments: Sequence[Any]) -> list[Any]:
-        places = (self.owner.recorder.stream(), *[arguments[i].data_ptr() for i in self.in_place])
+        places = (self.owner.recorder.stream(), thaws(), *[arguments[i].data_ptr() for i in self.in_place])
         recording = self.recordings.get(places)
         if recording is not None:
             held = recording.held()
@@ -165,7 +173,7 @@ class _Sized:
 
     def meet(self, places: tuple[Any, ...]) -> None:
         """Notes addresses that come for the first time, and which arguments keep moving."""
-        for i, place in zip(self.in_place, places[1:], strict=True):
+        for i, place in zip(self.in_place, places[2:], strict=True):
             seen = self.seen[i]
             seen.add(place)
             if len(seen) > _STAYS and i not in self.owner.fixed:
@@ -209,6 +217,7 @@ class _Sized:
         except RuntimeError as error:
             raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
         recording = self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
+        recording.frozen = [arguments[i] for i in owner.frozen]
         return [m if a else r for r, a, m in zip(first, again, recording.results(arguments), strict=True)]
 
 
@@ -240,6 +249,7 @@ class _Recording:
     slots: list[_Slot]
     make: list[Make]
     watched: list[tuple[int, int, set[int]]]
+    frozen: Sequence[Tensor] = ()
 
     @classmethod
     def of(
