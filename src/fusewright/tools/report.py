@@ -19,11 +19,11 @@ from fusewright.capture.model import CapturedModel
 from fusewright.chip import Chip
 from fusewright.codegen.launch import LaunchSpec
 from fusewright.fusion.expression import Apply, ColumnSum, walk
-from fusewright.fusion.plan import Fallback, FusionPlan, Region, Step
-from fusewright.ir.size import evaluate, product
+from fusewright.fusion.plan import Encode, Fallback, FusionPlan, Region, Step
+from fusewright.ir.size import Size, evaluate, product
 from fusewright.runtime.cache import included
 from fusewright.runtime.nvrtc import DEVICE_CODE, compile_all
-from fusewright.tools import explain
+from fusewright.tools import explain, units
 from fusewright.tools.explain import Explanation, RegionRow, Sizes
 from fusewright.tools.files import check_output, write
 from fusewright.tools.optimize import header, load_and_capture
@@ -78,8 +78,8 @@ class Moved:
 @dataclass(frozen=True)
 class RegionPart:
     """One region of the plan: what `explain` says of it, and its kernels. steps: primitives an element, of the epilogue
-    where there is a product. operations: of the product, else of all steps. rate_name: the field of Chip that bounds
-    them. bound: what the floor is made of, "memory" or "arithmetic"."""
+    where there is a product. operations: of the product, else of all steps. rate_name: what bounds them.
+    bound: what the floor is made of, "memory" or "arithmetic"."""
 
     number: int
     row: RegionRow
@@ -188,7 +188,7 @@ def _graph(planned: Planned, results: Sequence[str], chip: Chip, used: Mapping[s
     for number, step in step_numbers(planned.plan):
         if isinstance(step, Fallback):
             fallbacks.append(FallbackPart(number, step.name, step.reason))
-        elif isinstance(step, Region):
+        else:
             regions.append(_region(number, step, rows[step.name], planned, chip, used))
     families = {r.number: r.row.family for r in regions}
     links = f"#{explanation.graph}-"
@@ -204,35 +204,54 @@ def _graph(planned: Planned, results: Sequence[str], chip: Chip, used: Mapping[s
 
 
 def _region(
-    number: int, region: Region, row: RegionRow, planned: Planned, chip: Chip, used: Mapping[str, Mapping[str, Any]]
+    number: int,
+    step: Region | Encode,
+    row: RegionRow,
+    planned: Planned,
+    chip: Chip,
+    used: Mapping[str, Mapping[str, Any]],
 ) -> RegionPart:
-    program = planned.programs[region.name]
-    steps = _steps(region)
+    program = planned.programs[step.name]
+    steps, elements = _steps(step)
     return RegionPart(
         number,
         row,
-        _rate_name(region),
+        _rate_name(step),
         steps,
-        row.flop or steps * int(evaluate(product(region.rows) * region.columns, planned.sizes)),
+        row.flop or steps * int(evaluate(elements, planned.sizes)),
         "memory" if row.bytes / chip.bandwidth >= row.floor_seconds else "arithmetic",
-        tuple(_moved(region, planned.plan, planned.sizes)),
+        tuple(_moved(step, planned.plan, planned.sizes)),
         tuple(_kernel(launch, planned.sizes, used.get(launch.source, {})) for launch in program.launches),
         program.library is not None,
     )
 
 
-def _steps(region: Region) -> int:
-    """Each primitive but a conversion counts one an element, and so does a sum; a copy counts one as well."""
-    distinct = [e for e in walk(s.value for s in region.sinks) if isinstance(e, Apply) and e.op != "cast"]
-    count = len(distinct) + sum(isinstance(s, ColumnSum) for s in region.sinks)
-    return max(count, 0 if region.gemm else 1)
+def _steps(step: Region | Encode) -> tuple[int, Size]:
+    """Each primitive but a conversion counts one an element, and so does a sum; a copy counts one as well.
+
+    Returns that count, and how many elements there are.
+    """
+    if isinstance(step, Encode):
+        return 1, sum((product(m.shape) for m in step.matrices), 0)
+    distinct = [e for e in walk(s.value for s in step.sinks) if isinstance(e, Apply) and e.op != "cast"]
+    count = len(distinct) + sum(isinstance(s, ColumnSum) for s in step.sinks)
+    return max(count, 0 if step.gemm else 1), product(step.rows) * step.columns
 
 
-def _rate_name(region: Region) -> str:
-    """The field of Chip that bounds a region's arithmetic, as `explain` takes it."""
-    if region.gemm is None:
-        return "fp32"
-    return {torch.float16: "fp16", torch.bfloat16: "fp16", torch.float64: "fp64"}.get(region.gemm.a.dtype, "fp32")
+def _rates(chip: Chip) -> dict[str, float]:
+    """What bounds arithmetic, by the name that the roofline gives it. A product by halves is three, or one, of fp16."""
+    halves = {"float32 by halves": chip.fp16 / 3, "TF32 by halves": chip.fp16}
+    return {"float32": chip.fp32, "float16": chip.fp16, "float64": chip.fp64, **halves}
+
+
+def _rate_name(step: Region | Encode) -> str:
+    """As `explain` takes it."""
+    gemm = step.gemm if isinstance(step, Region) else None
+    if gemm is None:
+        return "float32"
+    if gemm.encoded:
+        return "float32 by halves" if gemm.encoded[0].halves.planes == 2 else "TF32 by halves"
+    return {torch.float16: "float16", torch.bfloat16: "float16", torch.float64: "float64"}.get(gemm.a.dtype, "float32")
 
 
 def _moved(step: Step, plan: FusionPlan, sizes: Sizes) -> list[Moved]:
@@ -261,12 +280,12 @@ def _kernel(launch: LaunchSpec, sizes: Sizes, resources: Mapping[str, Any]) -> K
 
 
 def _roofline(graphs: Sequence[GraphPart], chip: Chip, measured: Sequence[Measured]) -> Roofline | None:
-    points = []
+    points, rates = [], _rates(chip)
     for graph in graphs:
         for r in graph.regions:
             label = f"{graph.name[0].upper()}{r.number}"
             title = ", ".join(r.row.operators) or "copy"
-            seconds = max(r.row.floor_seconds, r.operations / getattr(chip, r.rate_name))
+            seconds = max(r.row.floor_seconds, r.operations / rates[r.rate_name])
             points.append(Point(label, title, graph.name, r.operations, r.row.bytes, seconds))
     by_name = {g.name: g for g in graphs}
     for timing in (t for m in measured for t in m.timings if t.ours):
@@ -278,8 +297,7 @@ def _roofline(graphs: Sequence[GraphPart], chip: Chip, measured: Sequence[Measur
             moved = found.explanation.bytes_after
             points.append(Point(label, title, found.name, operations, moved, timing.milliseconds / 1e3, measured=True))
     names = dict.fromkeys(r.rate_name for g in graphs for r in g.regions)
-    titles = {"fp32": "float32", "fp16": "float16", "fp64": "float64"}
-    return roofline(chip, {titles[name]: getattr(chip, name) for name in names}, points)
+    return roofline(chip, {name: rates[name] for name in names}, points)
 
 
 # ---- the text
@@ -294,7 +312,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=explain._size, time=_time, operations=_operations, cuda=_highlighted)
+    environment.filters.update(size=units.size, time=_time, operations=_operations, cuda=_highlighted)
     template = environment.get_template("report.html.j2")
     return template.render(page=page, version=__version__, torch=torch.__version__)
 
@@ -306,7 +324,7 @@ def _highlighted(source: str) -> Any:
 
 
 def _time(seconds: float) -> str:
-    return explain._time(seconds) if seconds >= 1e-9 else "under 1 ns"
+    return units.time(seconds) if seconds >= 1e-9 else "under 1 ns"
 
 
 def _operations(count: float) -> str:
