@@ -57,7 +57,7 @@ template <class Config> struct GemmSm90 {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost_rows)
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -190,7 +190,7 @@ template <class Config> struct GemmSm90 {
                 compute(sums, ring, memory, group, operands.k_tiles());
             const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost) note_lost_rows(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
+                if (operands.lost) note_lost(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -348,14 +348,33 @@ template <class Config> struct GemmSm90 {
     }
 
     // Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
-    // products of larger operands, unless each large one meets a small one. Then all of a row's sums are small beside
-    // what such roundings, multiplied by the largest operands, may add up to. A warp with such a row says so, and the
-    // patch computes the tile again. A row of zeros is taken for what it seems.
-    __device__ __forceinline__ static void note_lost_rows(const Sums& sums, const Operands& operands, int m, int n,
-                                                          uint8_t* lost_by_warp) {
+    // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
+    // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
+    // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
+    __device__ __forceinline__ static void note_lost(const Sums& sums, const Operands& operands, int m, int n,
+                                                     uint8_t* lost_by_warp) {
+        const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
+        float smallest = 0x1p126f;  // but for zeros
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int i = 0; i < kSums; ++i)
+                smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
+        // The largest that operands can be: where even for those all is well, no magnitude is read.
+        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
+        const bool lost = seldom && (lost_row(sums, operands, row, n) | lost_column(sums, operands, row, n));
+        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
+    }
+
+    // Whether the largest of some sums is within what is lost where operands are as large as these.
+    __device__ __forceinline__ static bool lossy(float largest, float a, float b, const Operands& operands) {
         constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
-        const int lane = threadIdx.x % 32, warp_row = m + uniform(threadIdx.x / 32 % 4) * 16 + lane / 4;
-        const float scale_a = split_scale(*operands.split_a.exponent), scale_b = split_scale(*operands.split_b.exponent);
+        const float least = (a + b) * kPerOperand;
+        return largest > 0 && largest * largest < float(operands.K) * least * least;
+    }
+
+    __device__ __forceinline__ static bool lost_row(const Sums& sums, const Operands& operands, int first, int n) {
+        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
         bool lost = false;
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
@@ -367,28 +386,47 @@ template <class Config> struct GemmSm90 {
                     largest = fmaxf(largest, fmaxf(fabsf(sums[block][i]), fabsf(sums[block][i + 1])));
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = warp_row + block * 64 + half * 8;
-                // The largest that operands can be here; where even for those all is well, no magnitude is read.
-                const float rarely = 0x1p17f * kPerOperand, depth = float(operands.K);
-                const bool exists = row < operands.M && largest > 0;
-                if (!__any_sync(~0u, exists && largest * largest < depth * rarely * rarely)) continue;
-                // What is out of range by itself is computed again anyway.
-                const int found = exists ? operands.split_a.magnitudes[row] : 0;
-                const float a = fminf(__int_as_float(found) * scale_a, 0x1p16f);
-                const float b = fminf(__uint_as_float(largest_column(operands, n)) * scale_b, 0x1p16f);
-                const float least = (a + b) * kPerOperand;
-                lost |= exists && largest * largest < depth * least * least;
+                const int row = first + block * 64 + half * 8 + threadIdx.x % 32 / 4;
+                lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
             }
-        lost = __any_sync(~0u, lost);
-        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
+        return __any_sync(~0u, lost);
     }
 
-    // The largest magnitude of the tile's columns, for a warp together.
-    __device__ __forceinline__ static uint32_t largest_column(const Operands& operands, int n) {
-        uint32_t largest = 0;
-        for (int column = n + threadIdx.x % 32; column < min(int64_t(n + kTileN), operands.N); column += 32)
-            largest = max(largest, uint32_t(operands.split_b.magnitudes[column]));
-        return __reduce_max_sync(~0u, largest);
+    __device__ __forceinline__ static bool lost_column(const Sums& sums, const Operands& operands, int first, int n) {
+        float a = 0;
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+            a = fmaxf(a, largest_magnitude(operands.split_a, first + block * 64, first + block * 64 + 16, operands.M));
+        bool lost = false;
+#pragma unroll
+        for (int i = 0; i < kSums; i += 4)
+#pragma unroll
+            for (int j = i; j < i + 2; ++j) {
+                float largest = 0;
+#pragma unroll
+                for (int block = 0; block < kBlocksM; ++block)
+                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][j]), fabsf(sums[block][j + 2])));
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2)
+                    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+                const int column = n + i * 2 + threadIdx.x % 4 * 2 + j % 2;
+                lost |= lossy(largest, a, magnitude(operands.split_b, column, operands.N), operands);
+            }
+        return __any_sync(~0u, lost);
+    }
+
+    // Scaled. What is out of range by itself is computed again anyway.
+    __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
+        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
+    }
+
+    // The largest of some rows or columns, for a warp together.
+    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
+                                                              int64_t count) {
+        float largest = 0;
+        for (int i = first + threadIdx.x % 32; i < last; i += 32)
+            largest = fmaxf(largest, magnitude(operand, i, count));
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.

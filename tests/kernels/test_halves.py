@@ -1,0 +1,116 @@
+"""Products by halves in the simulator, as they are launched: split, multiply, patch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_function, make_boxed_func
+from torch import Tensor
+
+from fusewright import compiler
+from fusewright.capture.backend import decompositions
+from fusewright.capture.fx import from_fx
+from fusewright.capture.joint import partition_joint
+from fusewright.chip import CHIPS
+from fusewright.kernels.choose import candidates
+from fusewright.kernels.gemm_sm90 import HalfProducts
+from fusewright.runtime.executable import Executable
+from fusewright.runtime.target import SimulatorTarget
+
+M, N, K = 24, 40, 136
+
+
+class Always(HalfProducts):
+    """Reads halves wherever it can, whatever would be faster."""
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0
+
+    def split(self, elements: float) -> float:
+        return 0.0
+
+
+def simulated(function: Callable[..., Any], tf32: bool = False) -> Callable[..., Any]:
+    target, device = SimulatorTarget(CHIPS["sm_90a"]), torch.device("cpu")
+    always = Always(target.chip, tf32, library=False)
+
+    def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any], capabilities: Any = None) -> Any:
+        plan = compiler.plan(from_fx(module), (), capabilities)
+        programs = {n: p[0] for n, p in candidates(plan, target.chip, library=False, tensor_maps=True).items()}
+        assert all(programs[r.name].family == "gemm_sm90" for r in plan.regions if r.gemm)
+        return make_boxed_func(Executable(plan, programs, target, device))
+
+    return aot_function(
+        function,
+        fw_compiler=compile_fx,
+        inference_compiler=partial(compile_fx, capabilities=always),
+        partition_fn=partial(partition_joint, capabilities=always),
+        decompositions=decompositions(),
+    )
+
+
+@pytest.fixture(scope="module")
+def product() -> Callable[[Tensor, Tensor], Tensor]:
+    return simulated(torch.matmul)  # type: ignore[no-any-return]
+
+
+def error(found: Tensor, x: Tensor, w: Tensor) -> float:
+    """The largest componentwise one, relative to |x| · |w|."""
+    exact, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
+    return float(((found.double() - exact).abs() / size).max())
+
+
+def operands() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(M, K), torch.randn(K, N)
+
+
+def test_more_accurate_than_float32_sums(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = operands()
+    assert error(product(x, w), x, w) < 1.5e-7
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_special_values_reach_what_they_reach(product: Callable[[Tensor, Tensor], Tensor], value: float) -> None:
+    x, w = operands()
+    x[5, 7] = value
+    found = product(x, w)
+    assert torch.equal(found.isfinite(), (x @ w).isfinite())
+    rest = [i for i in range(M) if i != 5]
+    assert error(found[rest], x[rest], w) < 5e-7
+
+
+def huge_row(x: Tensor, w: Tensor) -> None:
+    x[3] *= 2.0**60
+
+
+def tiny_column(x: Tensor, w: Tensor) -> None:
+    w[:, 9] *= 2.0**-60
+
+
+def opposed(x: Tensor, w: Tensor) -> None:
+    """Large values of one operand meet small ones of the other throughout."""
+    powers = torch.exp2(torch.randint(0, 31, (K,)).float())
+    x *= powers
+    w /= powers[:, None]
+
+
+def opposed_column(x: Tensor, w: Tensor) -> None:
+    """In one column alone: every row of results looks sound."""
+    powers = torch.exp2(torch.randint(0, 31, (K,)).float())
+    x *= powers
+    w[:, 5] /= powers
+
+
+@pytest.mark.parametrize("change", [huge_row, tiny_column, opposed, opposed_column])
+def test_what_halves_cannot_hold_is_computed_again(
+    product: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor], None]
+) -> None:
+    x, w = operands()
+    change(x, w)
+    assert error(product(x, w), x, w) < 5e-7
