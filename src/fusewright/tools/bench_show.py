@@ -57,7 +57,7 @@ def _table(name: str, mode: Mode, bench: Bench) -> Table:
 
 
 def _share(timed: Timed) -> str:
-    return "" if timed.of_floor is None else f"{100 * timed.of_floor:.0f} %"
+    return "" if timed.of_floor is None else f"{100 * timed.of_floor:.3g} %"
 
 
 def _lines(mode: Mode, bench: Bench) -> Iterator[Text]:
