@@ -201,7 +201,11 @@ def measured_in_turn(prepare: Prepare, tasks: Sequence[Any], budget: Budget, sha
                     connection.send(place)
                 yield task, _answer(connection, time.monotonic() + budget.left)
     finally:
+        for _, connection in workers:
+            with suppress(OSError):
+                connection.send(None)
         for process, _ in workers:
+            process.join(1.0 if budget.spent else 5.0)
             process.kill()
 
 
@@ -226,8 +230,7 @@ def _work(connection: Connection, prepare: Prepare, tasks: Sequence[Any], end: f
             break
         ready.append(attempt(partial(prepare, task)))
     connection.send(len(ready))
-    while True:
-        place = connection.recv()
+    for place in iter(connection.recv, None):
         run, ready[place] = ready[place], None
         connection.send(attempt(run) if callable(run) else run)
         del run

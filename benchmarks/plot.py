@@ -30,6 +30,8 @@ def sweep(result: Result, figure: Any) -> None:
     axes = figure.subplots()
     for name, s in result["summary"].items():
         cases = [c for c in result["cases"] if "speedup" in c["results"].get(name, {})]
+        if not cases:
+            continue
         operations = [2 * c["m"] * c["n"] * c["k"] for c in cases]
         label = f"{name}: geometric mean {s['geometric_mean']:.2f}×"
         speedups = [c["results"][name]["speedup"] for c in cases]
@@ -54,7 +56,7 @@ def zoo(result: Result, figure: Any) -> None:
         axes.set(title=dtype, xlabel="speedup over the best baseline")
         axes.set_yticks(range(len(models)), models, fontsize=8)
     every[0].invert_yaxis()
-    every[0].legend(fontsize=8)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(modes), fontsize=8)
 
 
 def training(result: Result, figure: Any) -> None:
@@ -64,7 +66,7 @@ def training(result: Result, figure: Any) -> None:
         for i, curve in enumerate(found["eager"]):
             axes.plot(curve, color=EAGER, linewidth=2.5, alpha=0.5, label="eager" if i == 0 else None)
         axes.plot(found["fusewright"], color=OURS, linewidth=0.8, label="fusewright")
-        axes.set(title=name, yscale="log", ylabel="loss", xlabel="step")
+        axes.set(title=name, ylabel="loss", xlabel="step")
         axes.legend(fontsize=8)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 import measure
 from common import Budget, Subject, attempt, compiling_only, geometric_mean, measured_in_turn
 from fusewright.errors import UnknownSetting
+from fusewright.fusion.plan import Region
 from fusewright.settings import Settings
 from measure import Candidate
 from products import ACTIVATIONS, BIAS, OTHERS, PRECISIONS, Precision, flags, made, title
@@ -123,7 +124,7 @@ def _errors(subjects: Mapping[str, Subject], exact: Tensor) -> dict[str, Any]:
 def _program(built: list[Any]) -> dict[str, str]:
     """The kernel that was chosen for the product."""
     programs = [p for b in built for p in measure.executable_of(b).programs.values()]
-    product = next((p for p in programs if p.region.gemm is not None), None)
+    product = next((p for p in programs if isinstance(p.region, Region) and p.region.gemm is not None), None)
     return {"family": product.family, "tile": product.variant} if product else {}
 
 
@@ -138,7 +139,7 @@ def summary(cases: Sequence[dict[str, Any]], precisions: Sequence[str]) -> dict[
         found[name] = {
             "cases": len(ratios),
             "failed": len(results) - len(ratios),
-            "geometric_mean": geometric_mean(ratios),
+            "geometric_mean": geometric_mean(ratios) if ratios else None,
             "target": TARGETS[name],
             "least": min(ratios, default=None),
             "most": max(ratios, default=None),
@@ -170,7 +171,7 @@ def main() -> None:
         measure.write("sweep", report)
         speedup = f"{found['speedup']:.2f}" if "speedup" in found else found
         print(f"{case.m}×{case.n}×{case.k} {title(case.steps)}, {name}: {speedup} {found.get('program')}", flush=True)
-    print({name: round(s["geometric_mean"], 3) for name, s in report.get("summary", {}).items()}, "seed", seed)
+    print({name: s["geometric_mean"] for name, s in report.get("summary", {}).items()}, "seed", seed)
 
 
 if __name__ == "__main__":

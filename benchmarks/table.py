@@ -230,7 +230,7 @@ def zoo(result: Result) -> str:
     rows = []
     for model, by_dtype in result["models"].items():
         found = {d: r for d, r in by_dtype.items() if "modes" in r}
-        kernels = next((r["kernels"] for r in (found.get(d, {}) for d in dtypes[::-1]) if r), None)
+        kernels = found.get(dtypes[0], {}).get("kernels")
         counts = [" → ".join(str(kernels[n][m]) for n in ("eager", "fusewright")) if kernels else "–" for m in modes]
         cells = [found.get(d, {}).get("modes", {}).get(m, {}) for d in dtypes for m in modes]
         best = dict.fromkeys(CANDIDATES.get(c["best"], c["best"]) for c in cells if "best" in c)
@@ -246,7 +246,10 @@ def zoo(result: Result) -> str:
         for d in m.values()
         for c in d.get("modes", {}).values()
     )
-    note = f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it).\n"
+    note = (
+        f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it). "
+        f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
+    )
     return grid(header, rows) + "\n" + "\n".join(lines) + "\n" + note + source(result)
 
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ import tower
 import training
 import zoo
 from common import Budget, Subject, compiling_only, geometric_mean, measured_in_turn
+from fusewright.fusion.plan import Encode, Region
 from products import EIGHT, PRECISIONS, STEPS, Product, flags, made
 
 
@@ -55,6 +57,17 @@ def test_a_sweep_is_summed_up_by_precision() -> None:
     assert (found["float32"]["least"], found["float32"]["error_over_inductor"]) == (2.0, 4.0)
     assert sweep.TARGETS.keys() == PRECISIONS.keys()
     assert math.isnan(geometric_mean([]))
+
+
+def test_the_kernel_of_the_product_is_named() -> None:
+    """Not what splits its operands beforehand."""
+    encode = SimpleNamespace(region=Encode("halves", (), ()), family="split", variant="")
+    columns = SimpleNamespace(region=Region("rest", (), 8, (), ()), family="pointwise", variant="")
+    gemm = Region("product", (), 8, (), (), gemm=object())  # type: ignore[arg-type]
+    product = SimpleNamespace(region=gemm, family="gemm_sm90", variant="128×128×64")
+    programs = dict(enumerate((encode, columns, product)))
+    assert sweep._program([SimpleNamespace(programs=programs)]) == {"family": "gemm_sm90", "tile": "128×128×64"}
+    assert sweep._program([SimpleNamespace(programs={0: columns})]) == {}
 
 
 def test_precisions_set_torchs_flags_inside_only() -> None:

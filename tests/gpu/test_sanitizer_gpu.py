@@ -24,7 +24,8 @@ pytestmark = [
 
 SIZES = [(200, 264, 136), (72, 130, 203)]  # batch, inputs, outputs: tiles that are cut off; lines that are not aligned
 TOOLS = {
-    "memcheck": ["--leak-check", "no"],
+    # The driver's bindings ask for functions that it may not have, which is no error of a kernel's.
+    "memcheck": ["--leak-check", "no", "--report-api-errors", "no"],
     "racecheck": ["--racecheck-report", "all"],
     "synccheck": [],
     "initcheck": [],
