@@ -335,26 +335,6 @@ def loads_beside_it(device: str) -> Result:
 
 
 @case
-def stores_clipped(device: str) -> Result:
-    """Two boxes of each kind, the second from the same shared memory once the first has been read."""
-    results, expected = [], []
-    for box, swizzle in BOXES:
-        x = torch.zeros(4, 24, 112, dtype=torch.float16)[:, :21, :104]
-        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).zero_()
-        boxes = torch.randint(1, 2**15, (2, *reversed(box)), generator=torch.Generator().manual_seed(1)).to(torch.int16)
-        image = torch.cat([in_shared_memory(values, swizzle) for values in boxes]).to(device)
-        at, beside = (88, -1, 3), box[1]
-        run("store", 64, [(map_of(x, box, swizzle, True), there), image, image.numel() // 2, *at, beside])
-        wide = torch.zeros(8, 64, 256, dtype=torch.int16)
-        for turn, values in enumerate(boxes):
-            y = 8 + at[1] + turn * beside
-            wide[at[2] : at[2] + box[2], y : y + box[1], at[0] : at[0] + box[0]] = values
-        results.append(there.cpu().contiguous().view(torch.int16).flatten())
-        expected.append(wide[:4, 8 : 8 + 21, :104].flatten())
-    return torch.cat(results), torch.cat(expected)
-
-
-@case
 def multicast_boxes(device: str) -> Result:
     x, box = tensor().contiguous(), (64, 8, 1)
     count = 64 * 8 * 2
@@ -400,6 +380,26 @@ def registers_moved(device: str) -> Result:
     out = torch.zeros(384, dtype=torch.int32, device=device)
     run("registers", 384, [out])
     return out.cpu(), torch.arange(384, dtype=torch.int32)
+
+
+@case
+def stores_clipped(device: str) -> Result:
+    """Two boxes of each kind, the second from the same shared memory once the first has been read."""
+    results, expected = [], []
+    for box, swizzle in BOXES:
+        x = torch.zeros(4, 24, 112, dtype=torch.float16)[:, :21, :104]
+        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).zero_()
+        boxes = torch.randint(1, 2**15, (2, *reversed(box)), generator=torch.Generator().manual_seed(1)).to(torch.int16)
+        image = torch.cat([in_shared_memory(values, swizzle) for values in boxes]).to(device)
+        at, beside = (88, 17 - box[1], 3), box[1]
+        run("store", 64, [(map_of(x, box, swizzle, True), there), image, image.numel() // 2, *at, beside])
+        wide = torch.zeros(8, 64, 256, dtype=torch.int16)
+        for turn, values in enumerate(boxes):
+            y = 8 + at[1] + turn * beside
+            wide[at[2] : at[2] + box[2], y : y + box[1], at[0] : at[0] + box[0]] = values
+        results.append(there.cpu().contiguous().view(torch.int16).flatten())
+        expected.append(wide[:4, 8 : 8 + 21, :104].flatten())
+    return torch.cat(results), torch.cat(expected)
 
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------

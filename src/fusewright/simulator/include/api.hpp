@@ -69,8 +69,9 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, unsigned rank);
 bool mbarrier_wait(void* barrier, uint32_t parity);
 
 void fence_proxy_async();
-// Bulk tensor copies: `at` are the coordinates of the box, innermost first. blocks: of the cluster, as bits; 0: its own.
-void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions, unsigned blocks);
+// Bulk tensor copies. at: coordinates of the box, innermost first. blocks: of the cluster, as bits; 0: its own.
+void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions,
+                 unsigned blocks);
 void tensor_store(const void* map, const void* source, const int* at, unsigned dimensions);
 void tensor_store_commit();
 // read: waits only until shared memory has been read.

@@ -81,7 +81,8 @@ __device__ __forceinline__ void matrix_store_rows(void* row, const uint32_t (&va
     for (unsigned pair = 0; pair < 2; ++pair) {
         const uint64_t mine = uint64_t(values[2 * pair + 1]) << 32 | values[2 * pair];
         const auto& all = simulator::exchange(operation, ~0u, mine, FUSEWRIGHT_HERE);
-        if (simulator::present(all) != ~0u) simulator::fail_undefined("executes stmatrix in a warp that some lanes have left");
+        if (simulator::present(all) != ~0u)
+            simulator::fail_undefined("executes stmatrix in a warp that some lanes have left");
         for (unsigned i = 0; matrix / 2 == pair && i < 8; ++i) {
             const unsigned y = kTransposed ? i : own, x = kTransposed ? own : i;  // row and column as held
             const uint64_t theirs = simulator::from_bits<uint64_t>(all, y * 4 + x / 2);
@@ -118,7 +119,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
                       accumulate});
 }
 template <int kCount>
-__device__ __forceinline__ void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
+                                                bool accumulate) {
     static_assert(kCount == 64 || kCount == 128, "128 or 256 columns");
     simulator::wgmma({d, a, 0, b, 2 * kCount, false, false, false, accumulate});
 }

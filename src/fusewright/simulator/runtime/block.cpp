@@ -233,7 +233,8 @@ std::string Block::agent_name(size_t agent) const {
     agent -= threads_.size();
     if (agent < warps_.size()) return "an asynchronous operation of warp " + std::to_string(agent);
     for (const auto& [offset, barrier] : mbarriers_)
-        if (barrier.slot == agent + threads_.size()) return "a bulk copy counted at the mbarrier at " + describe_shared(offset);
+        if (barrier.slot == agent + threads_.size())
+            return "a bulk copy counted at the mbarrier at " + describe_shared(offset);
     return "a bulk copy";
 }
 
@@ -287,15 +288,15 @@ void Block::check_nothing_in_flight(Thread& thread) {
         };
         if (std::none_of(threads_.begin(), threads_.end(), knows))
             fail(thread, Failure::kUndefined, arrival.pc,
-                 "leaves the kernel as the last of its block, where " + arrival.thread->block->name(arrival.thread->index) +
-                     " of " + arrival.thread->block->title() +
+                 "leaves the kernel as the last of its block, where " +
+                     arrival.thread->block->name(arrival.thread->index) + " of " + arrival.thread->block->title() +
                      " arrives at an mbarrier, and nothing says that it has");
     }
     for (const Thread& other : threads_)
         for (const BulkStore& store : other.stores)
             if (!store.read)
                 fail(thread, Failure::kOperand, store.pc,
-                     "leaves the kernel, and a bulk store that reads shared memory of its block has not been waited for");
+                     "leaves the kernel, and a bulk store that reads its block's shared memory has not been waited for");
     for (const Warp& warp : warps_)
         if (!warp.products.empty())
             fail(thread, Failure::kOperand, warp.products.front().pc,

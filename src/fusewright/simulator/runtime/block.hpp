@@ -142,7 +142,8 @@ class Block {
     void land_load(const BulkLoad& load);
 
     // Products of warpgroups (warpgroup.cpp).
-    void collective(Thread& thread, const char* operation, uint64_t value, void (Block::*action)(Thread&), const char* pc);
+    void collective(Thread& thread, const char* operation, uint64_t value, void (Block::*action)(Thread&),
+                    const char* pc);
     void issue_product(Thread& thread);
     void commit_products(Thread& thread);
     void wait_for_products(Thread& thread);
@@ -197,6 +198,9 @@ class Block {
     void grant_registers();
     template <class F> void each_operand(const IssuedProduct& product, unsigned warp, F visit);
     void check_operand(Thread& thread, const Descriptor& operand, const char* which, const char* pc);
+    void lend_registers(Thread& thread, IssuedProduct& product, const char* pc);
+    std::vector<uint16_t> factors(const IssuedProduct& product, unsigned warp);
+    std::vector<uint16_t> columns(const IssuedProduct& product);
     void execute(IssuedProduct& product, unsigned warp);
     void land_stores();
     void finish_thread(Thread& thread);

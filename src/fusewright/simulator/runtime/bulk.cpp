@@ -30,8 +30,8 @@ size_t Block::check_shared(Thread& thread, const void* pointer, size_t bytes, si
                         (holds(address) ? describe_shared(offset) : "an address outside shared memory"));
     if (offset % alignment)
         thread.fail(Failure::kMisaligned, pc,
-                    std::string(what) + " at " + describe_shared(offset) + ", shared address " + std::to_string(offset) +
-                        ", which is no multiple of " + std::to_string(alignment));
+                    std::string(what) + " at " + describe_shared(offset) + ", shared address " +
+                        std::to_string(offset) + ", which is no multiple of " + std::to_string(alignment));
     return offset;
 }
 
@@ -160,7 +160,8 @@ void Block::land_stores() {
 
 #define CALLER static_cast<const char*>(__builtin_return_address(0))
 
-void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions, unsigned blocks) {
+void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions,
+                 unsigned blocks) {
     Thread& thread = *current_thread();
     thread.block->tensor_load(thread, destination, map, barrier, at, dimensions, blocks, CALLER);
 }

@@ -33,7 +33,8 @@ class Clock {
 
     enum class Extent { kSome, kBlock, kCluster };
     // `acquirers` come to know all that `releasers` knew and did. extent: together they are a whole block, or cluster.
-    template <class A> void synchronise(const std::vector<A*>& releasers, const std::vector<A*>& acquirers, Extent extent) {
+    template <class A>
+    void synchronise(const std::vector<A*>& releasers, const std::vector<A*>& acquirers, Extent extent) {
         before_ = tick_++;
         joined_.clear();
         // A floor tells all of a block's agents what the others did, but not what they knew of other blocks.

@@ -94,7 +94,8 @@ void Block::complete_phase(Mbarrier& barrier) {
 bool Block::mbarrier_wait(Thread& thread, const void* pointer, uint32_t parity, const char* pc) {
     const size_t offset = check_shared(thread, pointer, 8, 8, "waits at an mbarrier", pc);
     if (parity > 1)
-        fail(thread, Failure::kUndefined, pc, "waits for parity " + std::to_string(parity) + ", which is neither 0 nor 1");
+        fail(thread, Failure::kUndefined, pc,
+             "waits for parity " + std::to_string(parity) + ", which is neither 0 nor 1");
     Mbarrier& barrier = find_mbarrier(thread, offset, pc);
     while ((barrier.phase & 1) == parity) {
         thread.state = Thread::kAtMbarrier;

@@ -71,11 +71,13 @@ class Shadow {
     bool ordered(const Agent& agent, size_t other, uint32_t stamp) const {
         return clock_.ordered(agent, rank_, static_cast<uint32_t>(base_ + other), stamp);
     }
-    void check_fenced(Thread& thread, const Agent& agent, const Cell& cell, size_t offset, const char* verb, const char* pc);
+    void check_fenced(Thread& thread, const Agent& agent, const Cell& cell, size_t offset, const char* verb,
+                      const char* pc);
     void split(size_t word);
     [[noreturn]] void report_race(Thread& thread, size_t offset, bool writes, size_t other, bool other_wrote,
                                   const char* other_pc, const char* pc);
-    [[noreturn]] void report_in_flight(Thread& thread, const char* verb, const Cell& cell, size_t offset, const char* pc);
+    [[noreturn]] void report_in_flight(Thread& thread, const char* verb, const Cell& cell, size_t offset,
+                                       const char* pc);
     template <class F> void each_cell(size_t offset, size_t bytes, F visit);
     uint32_t* readers(size_t offset) { return readers_ + offset * threads_; }
 

@@ -145,6 +145,30 @@ void Block::check_operand(Thread& thread, const Descriptor& operand, const char*
 
 // ---- Products -------------------------------------------------------------------------------------------------------
 
+// One lane gives its registers to a product.
+void Block::lend_registers(Thread& thread, IssuedProduct& product, const char* pc) {
+    const Product& own = thread.product;
+    const size_t sums = own.columns / 2, first = thread.lane() * sums;
+    product.d[thread.lane()] = own.d;
+    product.a_registers[thread.lane()] = own.a_registers;
+    if (thread.registers.overlaps(own.d, sums * 4))
+        fail(thread, Failure::kOperand, pc, "gives accumulators to a product, part of which another in flight writes");
+    const char* unfenced = "gives registers to a product with no wgmma.fence since it accessed them";
+    Registers::Range* range = thread.registers.use(own.d, sums * 4, pc);
+    if (!range) fail(thread, Failure::kFence, pc, unfenced);
+    const bool chained = range->writing++ > 0;
+    if (!chained || !own.accumulate) {  // else it starts from what the products before leave in d
+        product.fresh = true;
+        product.c.resize(32 * sums);
+        if (own.accumulate) std::memcpy(&product.c[first], own.d, sums * 4);
+    }
+    if (!chained) std::memset(own.d, 0xff, sums * 4);
+    if (!product.from_registers) return;
+    range = thread.registers.use(own.a_registers, 16, pc);
+    if (!range) fail(thread, Failure::kFence, pc, unfenced);
+    ++range->reading;
+}
+
 void Block::issue_product(Thread& thread) {
     const unsigned index = thread.index / 32;
     Warp& warp = warps_[index];
@@ -154,34 +178,15 @@ void Block::issue_product(Thread& thread) {
     record_aligned(thread, "wgmma.mma_async", common.a, common.b, thread.pc);
     if (!product.from_registers) check_operand(thread, product.a, "A", thread.pc);
     check_operand(thread, product.b, "B", thread.pc);
-    const size_t sums = common.columns / 2;
     std::vector<Agent*> lanes;
     for (unsigned lane = 0; lane < 32; ++lane) {
         Thread& other = threads_[index * 32 + lane];
         const Product& own = other.product;
         if (own.a != common.a || own.b != common.b || own.accumulate != common.accumulate)
-            fail(thread, Failure::kDivergence, thread.pc, "multiplies other matrices than " + name(other.index) + " of its warp");
+            fail(thread, Failure::kDivergence, thread.pc,
+                 "multiplies other matrices than " + name(other.index) + " of its warp");
         lanes.push_back(&other);
-        product.d[lane] = own.d;
-        product.a_registers[lane] = own.a_registers;
-        if (other.registers.overlaps(own.d, sums * 4))
-            fail(other, Failure::kOperand, thread.pc, "gives accumulators to a product, part of which another in flight writes");
-        const char* unfenced = "gives registers to a product with no wgmma.fence since it accessed them";
-        Registers::Range* range = other.registers.use(own.d, sums * 4, thread.pc);
-        if (!range) fail(other, Failure::kFence, thread.pc, unfenced);
-        if (range->writing++ == 0) {
-            product.fresh = true;
-            product.c.resize(32 * sums);
-            if (common.accumulate) std::memcpy(&product.c[lane * sums], own.d, sums * 4);
-            std::memset(own.d, 0xff, sums * 4);
-        } else if (!common.accumulate) {
-            product.fresh = true;  // it starts anew, whatever those before it leave
-            product.c.resize(32 * sums);
-        }
-        if (!product.from_registers) continue;
-        range = other.registers.use(own.a_registers, 16, thread.pc);
-        if (!range) fail(other, Failure::kFence, thread.pc, unfenced);
-        ++range->reading;
+        lend_registers(other, product, thread.pc);
     }
     clock_.synchronise<Agent>(lanes, {&warp.agent}, Clock::Extent::kSome);
     each_operand(product, index, [&](uint32_t offset) {
@@ -193,8 +198,8 @@ void Block::issue_product(Thread& thread) {
     ++warp.uncommitted;
 }
 
-void Block::execute(IssuedProduct& product, unsigned index) {
-    const unsigned columns = product.columns, sums = columns / 2;
+// The 16 rows of A that a warp multiplies, [row][k].
+std::vector<uint16_t> Block::factors(const IssuedProduct& product, unsigned index) {
     std::vector<uint16_t> values(16 * 16);
     if (product.from_registers) {
         for (unsigned lane = 0; lane < 32; ++lane)
@@ -202,21 +207,26 @@ void Block::execute(IssuedProduct& product, unsigned index) {
                 const unsigned row = lane / 4 + i % 2 * 8, k = i / 2 * 8 + lane % 4 * 2;
                 std::memcpy(&values[row * 16 + k], &product.a_registers[lane][i], 4);
             }
-    } else {
-        const unsigned first = index % 4 * 16;
-        uint16_t chunk[8];
-        for (unsigned i = 0; i < 16; ++i)
-            for (unsigned part = 0; part < 2; ++part) {
-                const bool transposed = product.a.transposed;
-                std::memcpy(chunk, memory(transposed ? product.a.chunk(i, first / 8 + part) : product.a.chunk(first + i, part)), 16);
-                for (unsigned j = 0; j < 8; ++j)
-                    values[transposed ? (part * 8 + j) * 16 + i : i * 16 + part * 8 + j] = chunk[j];
-            }
+        return values;
     }
-    Decoded a, b;
-    a.decode(values.data(), 16, 16, product.bfloat16);
-    values.resize(size_t(16) * columns);
+    const unsigned first = index % 4 * 16;
+    const bool transposed = product.a.transposed;
+    for (unsigned i = 0; i < 16; ++i)
+        for (unsigned part = 0; part < 2; ++part) {
+            uint16_t chunk[8];
+            const uint32_t at = transposed ? product.a.chunk(i, first / 8 + part) : product.a.chunk(first + i, part);
+            std::memcpy(chunk, memory(at), 16);
+            for (unsigned j = 0; j < 8; ++j)
+                values[transposed ? (part * 8 + j) * 16 + i : i * 16 + part * 8 + j] = chunk[j];
+        }
+    return values;
+}
+
+// The whole of B, [k][column].
+std::vector<uint16_t> Block::columns(const IssuedProduct& product) {
+    const unsigned columns = product.columns;
     const bool transposed = product.b.transposed;
+    std::vector<uint16_t> values(size_t(16) * columns);
     for (unsigned i = 0; i < (transposed ? 16 : columns); ++i)
         for (unsigned part = 0; part < (transposed ? columns / 8 : 2); ++part) {
             uint16_t chunk[8];
@@ -224,19 +234,26 @@ void Block::execute(IssuedProduct& product, unsigned index) {
             for (unsigned j = 0; j < 8; ++j)
                 values[transposed ? i * columns + part * 8 + j : (part * 8 + j) * columns + i] = chunk[j];
         }
-    b.decode(values.data(), 16, columns, product.bfloat16);
-    std::vector<float> row(columns);
+    return values;
+}
+
+void Block::execute(IssuedProduct& product, unsigned index) {
+    const unsigned sums = product.columns / 2;
+    Decoded a, b;
+    a.decode(factors(product, index).data(), 16, 16, product.bfloat16);
+    b.decode(columns(product).data(), 16, product.columns, product.bfloat16);
+    std::vector<float> row(product.columns);
     for (unsigned y = 0; y < 16; ++y) {
         // Row y lies in four lanes, two neighbouring columns in each of them.
         auto place = [&](unsigned x) -> std::pair<unsigned, unsigned> {
             return {y % 8 * 4 + x % 8 / 2, x / 8 * 4 + y / 8 * 2 + x % 2};
         };
-        for (unsigned x = 0; x < columns; ++x) {
+        for (unsigned x = 0; x < product.columns; ++x) {
             const auto [lane, i] = place(x);
             row[x] = product.fresh ? product.c[lane * sums + i] : product.d[lane][i];
         }
-        multiply_row(row.data(), a, y, b, columns);
-        for (unsigned x = 0; x < columns; ++x) {
+        multiply_row(row.data(), a, y, b, product.columns);
+        for (unsigned x = 0; x < product.columns; ++x) {
             const auto [lane, i] = place(x);
             product.d[lane][i] = row[x];
         }
@@ -284,7 +301,8 @@ void Block::set_registers(Thread& thread, unsigned count, bool acquires, const c
     if (count % 8 || count < 24 || count > 256)
         fail(thread, Failure::kUndefined, pc, what + ", which is no multiple of 8 from 24 to 256");
     if (launch_->registers == 0)
-        fail(thread, Failure::kUndefined, pc, what + ", which does nothing in a kernel without __launch_bounds__(threads, blocks)");
+        fail(thread, Failure::kUndefined, pc,
+             what + ", which does nothing in a kernel without __launch_bounds__(threads, blocks)");
     collective(thread, acquires ? "setmaxnreg.inc" : "setmaxnreg.dec", count, &Block::move_registers, pc);
     while (warps_[thread.index / 32].registers != count) {
         thread.state = Thread::kForRegisters;
