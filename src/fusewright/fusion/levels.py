@@ -77,15 +77,21 @@ class Epilogue:
             try:
                 self.maps[node] = self._map(node)
             except NeedsSplit as need:
-                if need.axis == 1:  # the N axis: a thread's consecutive columns stay in one piece
+                if not self.splits(need):
                     raise NotAffine("a view splits the columns of the product") from None
-                self.space = self.space.split(need.axis, need.outer, need.inner)
-                self.maps = {self.product: self.space.identity()}
-                for member in self.members:
-                    self.maps[member] = self._map(member)
             else:
                 self.members.append(node)
                 return
+
+    def splits(self, need: NeedsSplit) -> bool:
+        """Builds the space again with an axis split; False if it is that of N, a thread's consecutive columns."""
+        if need.axis == 1:
+            return False
+        self.space = self.space.split(need.axis, need.outer, need.inner)
+        self.maps = {self.product: self.space.identity()}
+        for member in self.members:
+            self.maps[member] = self._map(member)
+        return True
 
     def _map(self, node: Node) -> Map:
         if node.op in VIEWS:

@@ -17,12 +17,14 @@ from fusewright.fusion.expression import (
     Sink,
     Store,
 )
-from fusewright.fusion.index import Dim, Map, NotAffine, Space, axis_strides, source_map, with_splits
-from fusewright.fusion.levels import Decisions, Levels
+from fusewright.fusion.index import Dim, Map, NeedsSplit, NotAffine, Space, axis_strides, source_map, with_splits
+from fusewright.fusion.levels import Decisions, Epilogue, Levels
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Gemm, Matrix, Region, View
 from fusewright.ir.encoding import Halves
 from fusewright.ir.graph import VIEWS, Node, Origin, contiguous
 from fusewright.ir.size import Size, evaluate_typical, product, same
+
+_COLUMNS = "an operand's view splits the columns of the product"
 
 # A column sum with one column keeps few lanes of a warp busy.
 _LONGEST_SUM = 1 << 16
@@ -46,6 +48,15 @@ class RegionBuilder:
 
     def product_region(self, level: int, sinks: Sequence[Node], name: Callable[[Sequence[Origin]], str]) -> Region:
         epilogue = self.levels.epilogues[level]
+        while True:
+            try:
+                return self._product_region(epilogue, sinks, name)
+            except NeedsSplit as need:  # of the rows, for an operand that is read through a view
+                epilogue.splits(need)
+
+    def _product_region(
+        self, epilogue: Epilogue, sinks: Sequence[Node], name: Callable[[Sequence[Origin]], str]
+    ) -> Region:
         space, maps = epilogue.space, epilogue.maps
         rows, column = space.leaves(0), space.leaves(1)
         placed = [(s, maps[s.inputs[0] if s.op == "pack_bits" else s]) for s in sinks]
@@ -308,13 +319,27 @@ class _Expressions:
         except NotAffine as error:
             self.builder.decisions.left[node] = str(error)
             raise Retry() from None
+        except NeedsSplit as need:
+            if not self.takes_columns_apart(need):
+                raise
+            self.builder.decisions.copied[node] = _COLUMNS
+            raise Retry() from None
 
     def through(self, view: Node, dims: Map) -> tuple[Node, Map]:
         try:
             return view.inputs[0], source_map(view, dims, self.space)
         except NotAffine as error:
-            self.builder.decisions.apart[self.levels.base(view.inputs[0])] = str(error)
-            raise Retry() from None
+            reason = str(error)
+        except NeedsSplit as need:
+            if not self.takes_columns_apart(need):
+                raise
+            reason = _COLUMNS
+        self.builder.decisions.apart[self.levels.base(view.inputs[0])] = reason
+        raise Retry()
+
+    def takes_columns_apart(self, need: NeedsSplit) -> bool:
+        """A thread of a product finishes consecutive columns, so their axis stays in one piece."""
+        return self.product is not None and need.axis == 1
 
 
 def _merge(axes: Sequence[int], space: Space, accesses: Sequence[dict[int, Size]]) -> list[list[int]]:
