@@ -181,6 +181,17 @@ MODELS = {
 """,
         inputs="torch.rand(200, 320, dtype=torch.bfloat16)",
     ),
+    "float32 halves": model(
+        """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(2048, 1024)
+
+    def forward(self, x):
+        return F.leaky_relu(self.gemm(x) * 2.0, 0.1)
+""",
+        inputs="torch.rand(200, 2048)",
+    ),
     "surroundings": model(
         '''
     """A model: with decorators, class attributes, other methods."""
@@ -375,7 +386,7 @@ def written(
     with tempfile.TemporaryDirectory() as folder, without_gpu():
         path = Path(folder) / f"{name}.py"
         path.write_bytes(text.encode())
-        file, instance, captured = load_and_capture(path, {}, dtype)
+        file, instance, captured = load_and_capture(path, {}, dtype, chip_for(chip), library=library)
         emitted = emit(file, instance.model, captured, chip_for(chip), library=library, dtype=dtype)
     return Written(text.replace("\r\n", "\n"), file, captured, emitted)
 

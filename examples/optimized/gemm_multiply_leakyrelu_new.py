@@ -16,18 +16,13 @@ CUDA_SOURCE = r"""
 #include <cstring>
 #include <string>
 #include <vector>
+#include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
 
 namespace {
-
-// ======== major.cuh
-// Which dimension of a GEMM operand is contiguous: k, the rows or columns (m or n), or neither.
-
-namespace fusewright {
-
-enum class Major { K, MN, Strided };
-
-}  // namespace fusewright
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -124,6 +119,1004 @@ __device__ __forceinline__ void store_bits(uint8_t* row, int64_t n, const bool (
             if (byte * 8 < count) row[n / 8 + byte] = uint8_t(bits >> byte * 8);
     }
 }
+
+}  // namespace fusewright
+
+// ======== split_f16.cuh
+// Splits float32 into fp16 halves for the tensor cores: x·2^s = hi + lo·2^-11, to 22 bits and more (hi 11, lo 11).
+//
+// s, an exponent for the whole matrix, is chosen from a look at a sample of the matrix in the launch before, with room
+// above. What the halves cannot hold is told by the magnitudes that the split leaves behind: the bits of the largest |x|
+// of every line and of every column, where infinity and NaN are the largest of all.
+
+namespace fusewright {
+
+// Below: the largest magnitude seen is brought to [2^12, 2^13), eight times under what fp16 can hold, since there may be
+// larger ones. An element of 2^-14 · 2^-s still has 22 bits: 2^-26 of the largest.
+constexpr int kSplitTarget = 12, kSplitLimit = 126;
+
+__device__ __forceinline__ float split_scale(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// Whether a row or column whose largest magnitude has these bits is beyond the halves at exponent s, or so far below
+// that they lose bits of all of it: its products must be computed in float32.
+__device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) {
+    const float scaled = __int_as_float(magnitude) * split_scale(exponent);
+    return (magnitude != 0) & !(scaled >= 0x1p-14f && scaled < 65520.0f);  // 65520 rounds to infinity; NaN fails too
+}
+
+// Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
+// 16 bytes, then the magnitudes of lines and of columns, then s. ir/encoding.py has the same arithmetic.
+struct SplitLayout {
+    int planes;
+    int64_t lines, length;  // elements of a line are consecutive
+
+    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
+    __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
+    __device__ int64_t exponent() const { return column_magnitudes() + length; }
+};
+
+// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product.
+struct SplitOperand {
+    const int *exponent, *magnitudes;
+
+    // by_line: the product's rows (or columns) are the lines of the matrix that was split.
+    __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
+        return {halves + layout.exponent(), halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes())};
+    }
+    __device__ __forceinline__ bool out_of_range(int64_t i, int64_t count) const {
+        return split_out_of_range(i < count ? magnitudes[i] : 0, *exponent);
+    }
+};
+
+// Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN by kThreads threads, that computes again what has
+// a row of a or a column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN)
+// lost bits.
+template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatch {
+    const SplitOperand a, b;
+    const uint8_t* lost;
+    int64_t M, N;
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
+
+    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
+
+    // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
+    // loads of several tiles are under way together.
+    __device__ __forceinline__ bool sees(int64_t m, int n) const {
+        const int64_t tile = m / kTileM * ((N + kTileN - 1) / kTileN) + n / kTileN;
+        bool found = reinterpret_cast<const uint64_t*>(lost)[tile] != 0;
+#pragma unroll
+        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
+#pragma unroll
+        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(n + i + threadIdx.x, N);
+        return found;
+    }
+};
+
+// A float32 matrix and the buffer for its halves.
+struct SplitMatrix {
+    const float* x;
+    int64_t stride, lines, length;  // stride: elements from line to line
+    int* halves;
+
+    // Whether a line can be read 16 bytes at a time.
+    __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
+};
+
+// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision).
+template <int kPlanes> struct SplitF16 {
+    // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
+    static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
+    static constexpr int kStride = 32 * kVector, kBlockColumns = kVectors * kStride;
+
+    __device__ __forceinline__ static SplitLayout layout(const SplitMatrix& m) { return {kPlanes, m.lines, m.length}; }
+
+    // ---- Sample: the first launch -----------------------------------------------------------------------------------
+
+    // Looks at a share of a matrix: of every line each so-manieth chunk, in the next line the chunks beside them. Writes
+    // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
+    // magnitudes that the split adds to.
+    __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
+        int* magnitudes = m.halves + layout(m).line_magnitudes();
+        const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+        for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
+        const uint32_t all = block_max(found);
+        if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
+    }
+
+    template <bool kAligned> __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
+        // An eighth of a small matrix; of a large one, a million elements or a sixty-fourth.
+        const int64_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
+        const int64_t chunks = (m.length + kStride - 1) / kStride;
+        const int64_t per_line = (chunks + every - 1) / every, units = m.lines * per_line;
+        const int64_t warps = int64_t(gridDim.x) * kWarps;
+        uint32_t largest = 0;
+#pragma unroll 4
+        for (int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; unit < units; unit += warps) {
+            const int64_t line = unit / per_line, chunk = unit % per_line * every + line % every;
+            const int64_t column = chunk * kStride + threadIdx.x % 32 * kVector;
+            float x[kVector];
+            read<kAligned>(x, m, line, column);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                const uint32_t magnitude = __float_as_uint(x[i]) & 0x7fffffff;
+                if (magnitude < 0x7f800000) largest = max(largest, magnitude);
+            }
+        }
+        return largest;
+    }
+
+    // ---- Split: the second ------------------------------------------------------------------------------------------
+
+    // Block `block` of `blocks`, a multiple of the strips of kBlockColumns that a line has: enough to fill the chip, and
+    // few, since each ends with atomics for its columns. largest: what `count` blocks of the sample saw.
+    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int64_t block,
+                                                 int64_t blocks) {
+        const int exponent = choose_exponent(largest, count);
+        if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
+        if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
+        else split<false>(m, split_scale(exponent), block, blocks);
+    }
+
+    // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
+    __device__ __forceinline__ static int choose_exponent(const int* largest, int count) {
+        uint32_t m = 0;
+        for (int i = threadIdx.x; i < count; i += kThreads) m = max(m, uint32_t(largest[i]));
+        m = block_max(m);
+        return m == 0 ? 0 : max(-kSplitLimit, min(kSplitLimit, kSplitTarget - (int(m >> 23) - 127)));
+    }
+
+    template <bool kAligned>
+    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int64_t block, int64_t blocks) {
+        const SplitLayout at = layout(m);
+        const int64_t strips = (m.length + kBlockColumns - 1) / kBlockColumns, padded = at.padded();
+        const int64_t column = block % strips * kBlockColumns + threadIdx.x % 32 * kVector;
+        __half* hi = reinterpret_cast<__half*>(m.halves);
+        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + at.line_magnitudes();
+        uint32_t column_max[kVectors][kVector] = {};
+        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += blocks / strips * kWarps) {
+            float x[kVectors][kVector];
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) read<kAligned>(x[i], m, line, column + i * kStride);
+            measure(x, column_max, magnitudes + line);
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i)
+                write(x[i], scale, hi + line * padded + column + i * kStride, m.lines * padded,
+                      left(m, column + i * kStride));
+        }
+        finish_columns(column_max, magnitudes + m.lines, m.length, block % strips * kBlockColumns);
+    }
+
+    // ---- Parts ------------------------------------------------------------------------------------------------------
+
+    // How many of a vector's elements exist.
+    __device__ __forceinline__ static int left(const SplitMatrix& m, int64_t column) {
+        return int(max(min(m.length - column, int64_t(kVector)), int64_t(0)));
+    }
+
+    template <bool kAligned>
+    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, int64_t line, int64_t column) {
+        const float* p = m.x + line * m.stride + column;
+        if constexpr (kAligned) load_vector<kVector>(x, p, left(m, column));
+        else load<kVector>(x, p, 1, left(m, column));
+    }
+
+    // The largest of a block's values, for all its threads.
+    __device__ __forceinline__ static uint32_t block_max(uint32_t m) {
+        __shared__ uint32_t of_warp[kWarps];
+        m = __reduce_max_sync(~0u, m);
+        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = m;
+        __syncthreads();
+        return __reduce_max_sync(~0u, of_warp[threadIdx.x % kWarps]);
+    }
+
+    // Maxima of bits: for magnitudes they order as numbers do, and the order of atomics leaves no trace.
+    __device__ __forceinline__ static void measure(const float (&x)[kVectors][kVector],
+                                                   uint32_t (&column_max)[kVectors][kVector], uint32_t* line_magnitude) {
+        uint32_t line_max = 0;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+                const uint32_t magnitude = __float_as_uint(x[i][j]) & 0x7fffffff;
+                column_max[i][j] = max(column_max[i][j], magnitude);
+                line_max = max(line_max, magnitude);
+            }
+        line_max = __reduce_max_sync(~0u, line_max);
+        if (threadIdx.x % 32 == 0 && line_max) atomicMax(line_magnitude, line_max);
+    }
+
+    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, int64_t plane,
+                                                 int count) {
+        alignas(8) __half hi[kVector], lo[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            const float scaled = x[i] * scale;
+            hi[i] = __float2half_rn(scaled);
+            lo[i] = __float2half_rn(__fsub_rn(scaled, __half2float(hi[i])) * 0x1p11f);
+        }
+        store_vector<kVector>(p, hi, count);
+        if constexpr (kPlanes == 2) store_vector<kVector>(p + plane, lo, count);
+    }
+
+    // The block's warps meet in shared memory, so that each column costs a block one atomic.
+    __device__ __forceinline__ static void finish_columns(const uint32_t (&column_max)[kVectors][kVector],
+                                                          uint32_t* column_magnitudes, int64_t columns, int64_t first) {
+        __shared__ uint32_t largest[kBlockColumns];
+        for (int i = threadIdx.x; i < kBlockColumns; i += kThreads) largest[i] = 0;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+                atomicMax(&largest[i * kStride + threadIdx.x % 32 * kVector + j], column_max[i][j]);
+        __syncthreads();
+        for (int i = threadIdx.x; i < kBlockColumns; i += kThreads)
+            if (first + i < columns && largest[i]) atomicMax(column_magnitudes + first + i, largest[i]);
+    }
+};
+
+}  // namespace fusewright
+
+// ======== major.cuh
+// Which dimension of a GEMM operand is contiguous: k, the rows or columns (m or n), or neither.
+
+namespace fusewright {
+
+enum class Major { K, MN, Strided };
+
+}  // namespace fusewright
+
+// ======== sm90_ptx.cuh
+// Hopper's own instructions (sm_90a), one named function each, and nothing else. The simulator has its own version of
+// this file. Pointers to shared memory are generic pointers into the calling block's own shared memory, unless a name
+// says "remote".
+
+namespace fusewright {
+
+// The driver's CUtensorMap, opaque: <cuda.h> does not compile under NVRTC.
+struct alignas(64) TensorMap {
+    unsigned char opaque[128];
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- Clusters -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Every thread of every block of the cluster waits for all the others, and sees their writes.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// ---- Registers ------------------------------------------------------------------------------------------------------
+
+// Each warpgroup gives back, or takes, registers: kCount a thread from here on. A multiple of 8.
+template <int kCount> __device__ __forceinline__ void registers_release() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount> __device__ __forceinline__ void registers_acquire() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the cluster and to the copy engine.
+__device__ __forceinline__ void mbarrier_fence_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and makes the phase wait for `bytes` more bytes of bulk copies.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives at the barrier that lies at this address in block `rank` of the cluster (which may be this block).
+// Without `.release.cluster`, which would cost a fence of all memory: reads need none.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\t"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+
+// Whether the phase of this parity has completed; the hardware may let the thread sleep a while before it answers.
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, done;\n\t}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done;
+}
+
+// The same, answered at once.
+__device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, done;\n\t}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done;
+}
+
+// ---- Bulk tensor copies (TMA) ---------------------------------------------------------------------------------------
+
+// Makes this thread's writes to shared memory (and those that it knows of through barriers) visible to bulk copies and
+// to the tensor cores, which might otherwise miss them.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies the map's box at coordinates (x innermost, y, z) to `destination`; its bytes count at `barrier`.
+// What lies outside the tensor arrives as zeros and counts too.
+__device__ __forceinline__ void tensor_load(void* destination, const TensorMap* map, uint64_t* barrier, int x, int y,
+                                            int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(shared_address(destination)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// The same, to this address, and counted at this barrier, in every block of the cluster whose bit is set in `blocks`.
+__device__ __forceinline__ void tensor_load_multicast(void* destination, const TensorMap* map, uint64_t* barrier, int x,
+                                                      int y, int z, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared_address(destination)),
+        "l"(map), "r"(shared_address(barrier)), "h"(blocks), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// Copies `source` to the map's box at coordinates (x, y, z); what lies outside the tensor is left out.
+__device__ __forceinline__ void tensor_store(const TensorMap* map, const void* source, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                 "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
+// Closes the group of this thread's stores since the last one.
+__device__ __forceinline__ void tensor_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most the kPending latest groups of this thread's stores still read shared memory.
+template <int kPending> __device__ __forceinline__ void tensor_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Waits until at most the kPending latest groups of this thread's stores are unfinished.
+template <int kPending> __device__ __forceinline__ void tensor_store_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Matrices between registers and shared memory -------------------------------------------------------------------
+
+// Stores four 8 × 8 matrices of 16-bit elements. Lane i gives the address of row i % 8 (16 bytes) of matrix i / 8, and
+// holds in values[j], of matrix j, row i / 4, columns i % 4 * 2 and the next.
+__device__ __forceinline__ void matrix_store(void* row, const uint32_t (&values)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
+                 : "memory");
+}
+
+// The same transposed: values[j] holds column i / 4, rows i % 4 * 2 and the next.
+__device__ __forceinline__ void matrix_store_transposed(void* row, const uint32_t (&values)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
+                 : "memory");
+}
+
+// ---- Warpgroup matrix products (wgmma) ------------------------------------------------------------------------------
+
+// Orders the warpgroup's accesses to accumulator registers before the products that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes the group of the products issued since the last one.
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most the kPending latest groups are unfinished.
+template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The compiler does not know that products write registers after they are issued: accesses stay on their side of this.
+template <int kCount> __device__ __forceinline__ void hold_registers(float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+#define FUSEWRIGHT_8(d, i)                                                                                       \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define FUSEWRIGHT_32(d, i) \
+    FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8), FUSEWRIGHT_8(d, i + 16), FUSEWRIGHT_8(d, i + 24)
+#define FUSEWRIGHT_NAMES_0_63                                                                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "     \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
+    "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
+    "%58, %59, %60, %61, %62, %63"
+#define FUSEWRIGHT_NAMES_64_127                                                                          \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "     \
+    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
+    "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "    \
+    "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+template <class Element> constexpr const bool kIsBfloat16 = false;
+template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
+
+// d (64 × 128 or 64 × 256, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns), asynchronously.
+// Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
+template <class Element, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+#define FUSEWRIGHT_WGMMA(TYPE)                                                                              \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63    \
+                 "}, %64, %65, p, 1, 1, %67, %68;\n\t}"                                                     \
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)                                                \
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
+    if constexpr (kIsBfloat16<Element>)
+        FUSEWRIGHT_WGMMA("bf16");
+    else
+        FUSEWRIGHT_WGMMA("f16");
+#undef FUSEWRIGHT_WGMMA
+}
+
+template <class Element, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+#define FUSEWRIGHT_WGMMA(TYPE)                                                                                     \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63           \
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, %128, %129, p, 1, 1, %131, %132;\n\t}"                           \
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)           \
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
+    if constexpr (kIsBfloat16<Element>)
+        FUSEWRIGHT_WGMMA("bf16");
+    else
+        FUSEWRIGHT_WGMMA("f16");
+#undef FUSEWRIGHT_WGMMA
+}
+
+// The same with A (fp16) in registers and B K-major. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
+// k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
+__device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n\t}"
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+
+__device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;\n\t}"
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+
+#undef FUSEWRIGHT_8
+#undef FUSEWRIGHT_32
+#undef FUSEWRIGHT_NAMES_0_63
+#undef FUSEWRIGHT_NAMES_64_127
+
+}  // namespace fusewright
+
+// ======== sm90.cuh
+// What Hopper's kernels share above its single instructions (sm90_ptx.cuh).
+
+namespace fusewright {
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    while (!mbarrier_try_wait(barrier, parity)) {
+    }
+}
+
+// Describes an operand in shared memory, in panels of 64 rows of 128 bytes, 128-byte swizzled, 1024-byte aligned.
+// K-major: a row is 64 k of one m (n); the next 64 m (n) follow as the next panel.
+// MN-major: a row is 64 m (n) of one k; the next 64 m (n) are the next panel, `panel` bytes on.
+// Both step 1024 bytes from 8 rows to the next 8.
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* operand, uint32_t panel) {
+    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+    constexpr uint64_t kStride = uint64_t(1024 >> 4) << 32;
+    return kSwizzle128 | kStride | uint64_t(panel >> 4) << 16 | (shared_address(operand) & 0x3ffff) >> 4;
+}
+
+}  // namespace fusewright
+
+// ======== gemm_sm90.cuh
+// Matrix product with a generated epilogue on Hopper's tensor cores: epilogue(A [M, K] · B [K, N]).
+//
+// A persistent, warp-specialised pipeline. In each block one thread (the producer) copies tiles of A and B to a ring of
+// shared-memory stages through TMA; two warpgroups (the consumers) multiply them, each half of the tile's rows, and
+// hand their sums to the epilogue while the producer already loads the next tile. Blocks of a cluster lie below each
+// other: they want the same tile of B, so each copies a part of it and multicasts that to all.
+//
+// Operands are 16-bit. Three products of float32 halves, x·2^s = hi + lo·2^-11 (split_f16.cuh), give float32's accuracy:
+//     A·B·2^s = hi·hi + 2^-11 (hi·lo + lo·hi)
+// Tensor cores round sums toward zero, so hi·hi is summed in short chains that are promoted: added, rounded to nearest,
+// to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
+
+namespace fusewright {
+
+// Config, a struct of named constants:
+//   Element        __half or __nv_bfloat16
+//   kProducts      1, or 3: operands are pairs of planes [hi, lo]
+//   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
+//   kStages        of the ring
+//   kCluster       1 or 2 blocks
+//   kMajorA, kMajorB
+//   kPromote       k summed by the tensor cores before promotion (three products): 16, 32 or 64
+//   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
+//   kVector        consecutive columns that a thread passes to the epilogue: 4, or 8 (better where results are 16-bit)
+//   kScaled        operands carry powers of two, which are undone before the epilogue
+template <class Config> struct GemmSm90 {
+    using Element = typename Config::Element;
+    static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
+    static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
+    static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
+    static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
+
+    static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kConsumerWarps = 4 * kConsumers;
+    static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 that each thread starts with
+
+    // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
+    // either way round. So a tensor needs one map for all the products that it takes part in.
+    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
+    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
+    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
+    static constexpr int kStageBytes = kPlanes * (kPlaneA + kPlaneB);
+
+    // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
+    static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
+    static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
+    static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
+
+    static constexpr int kBlocksM = kPanelsA / kConsumers, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums a thread
+    static_assert(kPanelsB % kCluster == 0 && kSharedBytes <= 232448);
+    static_assert(!kThreeProducts || (kBlocksM == 1 && kSums == 64), "three products fill the registers at 128 × 128");
+
+    struct Operands {
+        const TensorMap &a, &b;
+        int64_t M, N, K;
+        SplitOperand split_a, split_b;  // where kScaled
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost)
+
+        __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
+    };
+
+    // The stage in turn, and the parity of the round that it is in.
+    struct Ring {
+        int stage = 0;
+        uint32_t parity = 0;
+
+        __device__ void advance() {
+            if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+    };
+
+    struct Memory {
+        unsigned char* base;
+
+        __device__ unsigned char* a(int stage) const { return base + stage * kStageBytes; }
+        __device__ unsigned char* b(int stage) const { return a(stage) + kPlanes * kPlaneA; }
+        __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
+        __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
+        __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
+    };
+
+    // The tiles of this block, in the order in which it computes them; both roles walk the same.
+    struct Tiles {
+        int rows, columns, index;  // of the grid of cluster tiles; index: the cluster's next
+
+        __device__ explicit Tiles(const Operands& x)
+            : rows(int((x.M + kTileM * kCluster - 1) / (kTileM * kCluster))),
+              columns(int((x.N + kTileN - 1) / kTileN)),
+              index(blockIdx.x / kCluster) {}
+        __device__ bool more() const { return index < rows * columns; }
+        __device__ void advance() { index += gridDim.x / kCluster; }
+        __device__ int first_row() const { return group_start() + in_group() % group_rows(); }
+        __device__ int m() const { return (first_row() * kCluster + int(blockIdx.x % kCluster)) * kTileM; }
+        __device__ int n() const { return in_group() / group_rows() * kTileN; }
+        __device__ int64_t tile() const { return int64_t(m() / kTileM) * columns + n() / kTileN; }
+
+      private:
+        __device__ int group_start() const { return index / (Config::kGroup * columns) * Config::kGroup; }
+        __device__ int group_rows() const { return min(Config::kGroup, rows - group_start()); }
+        __device__ int in_group() const { return index % (Config::kGroup * columns); }
+    };
+
+    // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kCluster; kThreads threads; kSharedBytes.
+    template <class Epilogue>
+    __device__ __forceinline__ static void run(const Operands& operands, const Epilogue& epilogue) {
+        extern __shared__ unsigned char shared[];
+        const Memory memory{shared + (-shared_address(shared) & 1023)};
+        setup(operands, memory);
+        if (threadIdx.x < 128) {
+            registers_release<kProducerRegisters>();
+            if (threadIdx.x == 0) produce(operands, memory);
+        } else {
+            registers_acquire<kConsumerRegisters>();
+            consume(operands, memory, epilogue);
+        }
+        // A block stays until nobody in the cluster can still arrive at its barriers or copy to its memory.
+        if constexpr (kCluster > 1) cluster_sync();
+    }
+
+    __device__ __forceinline__ static void setup(const Operands& operands, const Memory& memory) {
+        if (threadIdx.x == 0) {
+            tensor_map_prefetch(&operands.a);
+            tensor_map_prefetch(&operands.b);
+            for (int stage = 0; stage < kStages; ++stage) {
+                mbarrier_init(memory.full(stage), 1);
+                mbarrier_init(memory.empty(stage), kConsumerWarps * kCluster);
+            }
+            mbarrier_fence_init();
+        }
+        if constexpr (kCluster > 1) cluster_sync();
+        else __syncthreads();
+    }
+
+    // ---- Producer ---------------------------------------------------------------------------------------------------
+
+    __device__ __forceinline__ static void produce(const Operands& operands, const Memory& memory) {
+        Ring ring;
+        for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
+            const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
+            for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
+                mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);  // the first round finds every stage empty
+                mbarrier_arrive_expect_tx(memory.full(ring.stage), kStageBytes);
+                load(operands, memory, ring.stage, m, n, k_tile * kTileK);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void load(const Operands& operands, const Memory& memory, int stage, int m, int n,
+                                                int k) {
+        uint64_t* full = memory.full(stage);
+        const int rank = kCluster > 1 ? cluster_rank() : 0;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+            for (int panel = 0; panel < kPanelsA; ++panel) {
+                const int row = m + panel * kPanel;
+                tensor_load(memory.a(stage) + plane * kPlaneA + panel * kPanelBytes, &operands.a, full,
+                            kMajorA == Major::K ? k : row, kMajorA == Major::K ? row : k, plane);
+            }
+#pragma unroll
+            for (int part = 0; part < kPanelsB; part += kCluster) {
+                const int panel = part + rank, column = n + panel * kPanel;
+                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
+                if constexpr (kCluster > 1)
+                    tensor_load_multicast(destination, &operands.b, full, x, y, plane, (1 << kCluster) - 1);
+                else
+                    tensor_load(destination, &operands.b, full, x, y, plane);
+            }
+        }
+    }
+
+    // ---- Consumers --------------------------------------------------------------------------------------------------
+
+    using Sums = float[kBlocksM][kSums];
+
+    template <class Epilogue>
+    __device__ __forceinline__ static void consume(const Operands& operands, const Memory& memory,
+                                                   const Epilogue& epilogue) {
+        Ring ring;
+        const int group = uniform(threadIdx.x / 128) - 1;
+        for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
+            Sums sums;
+            if constexpr (kThreeProducts)
+                compute_three_products(sums, ring, memory, group, operands.k_tiles());
+            else
+                compute(sums, ring, memory, group, operands.k_tiles());
+            const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
+            if constexpr (kScaled) {
+                if (operands.lost) note_lost(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
+                undo_scale(sums, operands);
+            }
+            finish(sums, operands, memory, m, n, epilogue);
+        }
+    }
+
+    // What the products of one stage read: descriptors, and how far from one k16 step to the next.
+    struct Stage {
+        static constexpr uint32_t kStepA = (kMajorA == Major::K ? kStep * 2 : kStep * 128) >> 4;
+        static constexpr uint32_t kStepB = (kMajorB == Major::K ? kStep * 2 : kStep * 128) >> 4;
+        uint64_t a_, b_;
+
+        __device__ Stage(const Memory& memory, int stage, int group)
+            : a_(matrix_descriptor(memory.a(stage) + group * kBlocksM * kPanelBytes, kPanelBytes)),
+              b_(matrix_descriptor(memory.b(stage), kPanelBytes)) {}
+        __device__ uint64_t a(int block, int step, int plane = 0) const {
+            return a_ + ((plane * kPlaneA + block * kPanelBytes) >> 4) + step * kStepA;
+        }
+        __device__ uint64_t b(int step, int plane = 0) const { return b_ + (plane * kPlaneB >> 4) + step * kStepB; }
+    };
+
+    __device__ __forceinline__ static void product(float (&sums)[kSums], uint64_t a, uint64_t b, bool accumulate) {
+        wgmma<Element, kMajorA, kMajorB>(sums, a, b, accumulate);
+    }
+
+    __device__ __forceinline__ static void compute(Sums& sums, Ring& ring, const Memory& memory, int group,
+                                                   int k_tiles) {
+        int previous = -1;
+        for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
+            mbarrier_wait(memory.full(ring.stage), ring.parity);
+            const Stage stage(memory, ring.stage, group);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < kTileK / kStep; ++step)
+#pragma unroll
+                for (int block = 0; block < kBlocksM; ++block)
+                    product(sums[block], stage.a(block, step), stage.b(step), k_tile > 0 || step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();  // the next stage's products are queued before this one's have ended
+            if (previous >= 0) release(memory, previous);
+            previous = ring.stage;
+        }
+        wgmma_wait<0>();
+        release(memory, previous);
+        for (int block = 0; block < kBlocksM; ++block) hold_registers(sums[block]);
+    }
+
+    __device__ __forceinline__ static void compute_three_products(Sums& sums, Ring& ring, const Memory& memory,
+                                                                  int group, int k_tiles) {
+        constexpr int kSteps = Config::kPromote / kStep;
+        float(&main)[kSums] = sums[0], chain[kSums], corrections[kSums];
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) main[i] = corrections[i] = 0;
+        int previous = -1;
+        for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
+            mbarrier_wait(memory.full(ring.stage), ring.parity);
+            const Stage stage(memory, ring.stage, group);
+#pragma unroll
+            for (int first = 0; first < kTileK / kStep; first += kSteps) {
+                wgmma_fence();
+#pragma unroll
+                for (int step = first; step < first + kSteps; ++step)
+                    product(chain, stage.a(0, step), stage.b(step), step > first);
+                wgmma_commit();
+#pragma unroll
+                for (int step = first; step < first + kSteps; ++step) {
+                    product(corrections, stage.a(0, step, 0), stage.b(step, 1), true);
+                    product(corrections, stage.a(0, step, 1), stage.b(step, 0), true);
+                }
+                wgmma_commit();
+                wgmma_wait<1>();  // the chain is complete; it is promoted while the corrections run
+                if (first == 0 && previous >= 0) release(memory, previous);
+                promote(main, chain);
+            }
+            previous = ring.stage;
+        }
+        wgmma_wait<0>();
+        release(memory, previous);
+        hold_registers(corrections);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) main[i] = fmaf(corrections[i], 0x1p-11f, main[i]);
+    }
+
+    __device__ __forceinline__ static void promote(float (&main)[kSums], float (&chain)[kSums]) {
+        hold_registers(chain);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) main[i] = __fadd_rn(main[i], chain[i]);
+        hold_registers(chain);
+    }
+
+    // Tells every producer that fills this stage that this warp has read it: with multicast, that of each block.
+    template <class AnyMemory> __device__ __forceinline__ static void release(const AnyMemory& memory, int stage) {
+        const int lane = threadIdx.x % 32;
+        if constexpr (kCluster > 1) {
+            if (lane < kCluster) mbarrier_arrive_remote(memory.empty(stage), lane);
+        } else {
+            if (lane == 0) mbarrier_arrive(memory.empty(stage));
+        }
+    }
+
+    // A warp whose rows and columns all exist takes a path without bounds: there the epilogue is straight code, whose
+    // loads the compiler can issue together and early.
+    template <class Epilogue>
+    __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
+                                                  int n, const Epilogue& epilogue) {
+        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
+        if (row + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
+            turn<true>(sums, operands, memory, row, n, epilogue);
+        else
+            turn<false>(sums, operands, memory, row, n, epilogue);
+    }
+
+    // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
+    template <bool kWhole, class Epilogue>
+    __device__ __forceinline__ static void turn(const Sums& sums, const Operands& operands, const Memory& memory,
+                                                int row, int n, const Epilogue& epilogue) {
+        const int lane = threadIdx.x % 32;
+        float* slab = memory.slab(threadIdx.x / 32 - 4);
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block) {
+#pragma unroll
+            for (int column = 0; column < kTileN; column += kSlabColumns) {
+                __syncwarp();
+                write_slab(slab, &sums[block][column / 2], lane);
+                __syncwarp();
+#pragma unroll(kWhole ? 4 : 1)
+                for (int part = 0; part < 4; ++part) {
+                    const int slab_row = part * 4 + lane / 8, slab_column = lane % 8 * kVector;
+                    float values[kVector];
+#pragma unroll
+                    for (int i = 0; i < kVector; i += 4)
+                        *reinterpret_cast<float4*>(&values[i]) =
+                            *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column + i));
+                    const int64_t y = row + block * 64 + slab_row, x = n + column + slab_column;
+                    const int64_t left = y < operands.M ? operands.N - x : 0;
+                    epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void write_slab(float* slab, const float* sums, int lane) {
+#pragma unroll
+        for (int i = 0; i < kSlabColumns / 2; i += 2) {
+            const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(slab + slab_index(row, column)) = make_float2(sums[i], sums[i + 1]);
+        }
+    }
+
+    // Chunks of 4 columns are swizzled so that neither the pairs written nor the chunks read meet in a bank: four rows
+    // are written at once, so they take the chunk's bits 1 and 2; chunks 8 and up are read with those below, so bit 0.
+    __device__ __forceinline__ static int slab_index(int row, int column) {
+        const int chunk = column / 4;
+        return row * kSlabColumns + (chunk ^ (row % 4) << 1 ^ chunk >> 3) * 4 + column % 4;
+    }
+
+    // Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
+    // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
+    // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
+    // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
+    __device__ __forceinline__ static void note_lost(const Sums& sums, const Operands& operands, int m, int n,
+                                                     uint8_t* lost_by_warp) {
+        const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
+        float smallest = 0x1p126f;  // but for zeros
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int i = 0; i < kSums; ++i)
+                smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
+        // The largest that operands can be: where even for those all is well, no magnitude is read.
+        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
+        const bool lost = seldom && (lost_row(sums, operands, row, n) | lost_column(sums, operands, row, n));
+        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
+    }
+
+    // Whether the largest of some sums is within what is lost where operands are as large as these.
+    __device__ __forceinline__ static bool lossy(float largest, float a, float b, const Operands& operands) {
+        constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
+        const float least = (a + b) * kPerOperand;
+        return largest > 0 && largest * largest < float(operands.K) * least * least;
+    }
+
+    __device__ __forceinline__ static bool lost_row(const Sums& sums, const Operands& operands, int first, int n) {
+        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
+        bool lost = false;
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float largest = 0;
+#pragma unroll
+                for (int i = 2 * half; i < kSums; i += 4)
+                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][i]), fabsf(sums[block][i + 1])));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+                const int row = first + block * 64 + half * 8 + threadIdx.x % 32 / 4;
+                lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
+            }
+        return __any_sync(~0u, lost);
+    }
+
+    __device__ __forceinline__ static bool lost_column(const Sums& sums, const Operands& operands, int first, int n) {
+        float a = 0;
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+            a = fmaxf(a, largest_magnitude(operands.split_a, first + block * 64, first + block * 64 + 16, operands.M));
+        bool lost = false;
+#pragma unroll
+        for (int i = 0; i < kSums; i += 4)
+#pragma unroll
+            for (int j = i; j < i + 2; ++j) {
+                float largest = 0;
+#pragma unroll
+                for (int block = 0; block < kBlocksM; ++block)
+                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][j]), fabsf(sums[block][j + 2])));
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2)
+                    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+                const int column = n + i * 2 + threadIdx.x % 4 * 2 + j % 2;
+                lost |= lossy(largest, a, magnitude(operands.split_b, column, operands.N), operands);
+            }
+        return __any_sync(~0u, lost);
+    }
+
+    // Scaled. What is out of range by itself is computed again anyway.
+    __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
+        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
+    }
+
+    // The largest of some rows or columns, for a warp together.
+    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
+                                                              int64_t count) {
+        float largest = 0;
+        for (int i = first + threadIdx.x % 32; i < last; i += 32)
+            largest = fmaxf(largest, magnitude(operand, i, count));
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    }
+
+    // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.
+    __device__ __forceinline__ static void undo_scale(Sums& sums, const Operands& operands) {
+        const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
+        const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) sums[block][i] = sums[block][i] * half * rest;
+    }
+
+    // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.
+    __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+};
+
+}  // namespace fusewright
+
+// ======== scalar.cuh
+// Scalar functions that generated code calls where C++ has no operator with ATen's meaning.
+
+namespace fusewright {
+
+template <class T> __device__ __forceinline__ T infinity();
+template <> __device__ __forceinline__ float infinity<float>() { return __int_as_float(0x7f800000); }
+template <> __device__ __forceinline__ double infinity<double>() { return __longlong_as_double(0x7ff0000000000000); }
+
+// NaN in either operand gives NaN, unlike fmin and fmax.
+template <class T> __device__ __forceinline__ T minimum(T a, T b) { return (a < b || a != a) ? a : b; }
+template <class T> __device__ __forceinline__ T maximum(T a, T b) { return (a > b || a != a) ? a : b; }
+
+// Keeps NaN; |-0| is 0.
+__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ double absolute(double x) { return fabs(x); }
+template <class T> __device__ __forceinline__ T absolute(T x) { return x < T(0) ? T(-x) : x; }
+
+// NaN gives 0, as in ATen.
+template <class T> __device__ __forceinline__ T sign(T x) { return T((T(0) < x) - (x < T(0))); }
+
+__device__ __forceinline__ bool bitwise_not(bool x) { return !x; }
+template <class T> __device__ __forceinline__ T bitwise_not(T x) { return T(~x); }
 
 }  // namespace fusewright
 
@@ -405,32 +1398,6 @@ private:
 
 }  // namespace fusewright
 
-// ======== scalar.cuh
-// Scalar functions that generated code calls where C++ has no operator with ATen's meaning.
-
-namespace fusewright {
-
-template <class T> __device__ __forceinline__ T infinity();
-template <> __device__ __forceinline__ float infinity<float>() { return __int_as_float(0x7f800000); }
-template <> __device__ __forceinline__ double infinity<double>() { return __longlong_as_double(0x7ff0000000000000); }
-
-// NaN in either operand gives NaN, unlike fmin and fmax.
-template <class T> __device__ __forceinline__ T minimum(T a, T b) { return (a < b || a != a) ? a : b; }
-template <class T> __device__ __forceinline__ T maximum(T a, T b) { return (a > b || a != a) ? a : b; }
-
-// Keeps NaN; |-0| is 0.
-__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
-__device__ __forceinline__ double absolute(double x) { return fabs(x); }
-template <class T> __device__ __forceinline__ T absolute(T x) { return x < T(0) ? T(-x) : x; }
-
-// NaN gives 0, as in ATen.
-template <class T> __device__ __forceinline__ T sign(T x) { return T((T(0) < x) - (x < T(0))); }
-
-__device__ __forceinline__ bool bitwise_not(bool x) { return !x; }
-template <class T> __device__ __forceinline__ T bitwise_not(T x) { return T(~x); }
-
-}  // namespace fusewright
-
 // ======== column_sum.cuh
 // Sums of generated values over the rows of a matrix, one for each column: bias gradients and their like.
 //
@@ -519,6 +1486,38 @@ private:
 
 // ======== inference
 
+namespace fused_sample_2_f16x2 {
+
+using Split = fusewright::SplitF16</*Planes*/2>;
+
+// Looks at a sample of each matrix, for its power of two.
+__global__ void __launch_bounds__(Split::kThreads)
+sample_2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+    const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1, int* halves1,
+    int* __restrict__ samples) {
+    if (blockIdx.y == 0) Split::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
+    if (blockIdx.y == 1) Split::sample({x1, stride1, lines1, length1, halves1}, samples + blockIdx.y * gridDim.x);
+}
+
+}  // namespace fused_sample_2_f16x2
+
+namespace fused_split_2_f16x2 {
+
+using Split = fusewright::SplitF16</*Planes*/2>;
+
+// float32 → fp16 halves, and the largest magnitude of every line and column.
+__global__ void __launch_bounds__(Split::kThreads)
+split_2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+    const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1, int* halves1,
+    const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
+    int64_t block = blockIdx.x;
+    if (block < blocks0) return Split::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
+    block -= blocks0;
+    Split::split({x1, stride1, lines1, length1, halves1}, samples + 1 * samples_each, int(samples_each), block, blocks1);
+}
+
+}  // namespace fused_split_2_f16x2
+
 namespace fused_addmm_mul_leaky_relu {
 
 struct Epilogue {
@@ -543,17 +1542,80 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 256, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+struct Config {
+    using Element = __half;
+    static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
+    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
+    static constexpr bool kScaled = true;
+};
+using Gemm = fusewright::GemmSm90<Config>;
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
 
 // addmm, mul, leaky_relu
-__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
-fused_addmm_mul_leaky_relu(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
-    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+__global__ void __launch_bounds__(Gemm::kThreads, 1)
+fused_addmm_mul_leaky_relu(const __grid_constant__ fusewright::TensorMap a,
+    const __grid_constant__ fusewright::TensorMap b, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out) {
-    Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{bias, out});
+    Gemm::run({a, b, M, N, K, fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost}, Epilogue{bias, out});
 }
 
 }  // namespace fused_addmm_mul_leaky_relu
+
+namespace fused_addmm_mul_leaky_relu_patch {
+
+struct Epilogue {
+    const float* __restrict__ bias;
+    float* __restrict__ out;
+
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&accumulator)[V]) const {
+        float bias_v[V];
+        fusewright::load_vector(bias_v, bias + n, count);
+        float result0[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const float v0 = accumulator[i] + bias_v[i];  // addmm
+            const float v1 = v0 * 2.0f;  // mul
+            const bool v2 = v1 > 0.0f;
+            const float v3 = v1 * 0.1f;
+            const float v4 = v2 ? v1 : v3;  // leaky_relu
+            result0[i] = v4;
+        }
+        fusewright::store_vector(out + m * 8192 + n, result0, count);
+    }
+};
+
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+
+// addmm, mul, leaky_relu
+__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
+fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
+    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
+    const float* __restrict__ bias, float* __restrict__ out) {
+    const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
+        fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
+    int64_t m;
+    int n;
+    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
+    #pragma unroll 4
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        found |= patch.sees(m, n);
+    }
+    if (!__syncthreads_or(found)) return;
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{bias, out});
+    }
+}
+
+}  // namespace fused_addmm_mul_leaky_relu_patch
 
 // ======== forward, in training: also stores what backward needs
 
@@ -585,17 +1647,85 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 256, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+struct Config {
+    using Element = __half;
+    static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
+    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
+    static constexpr bool kScaled = true;
+};
+using Gemm = fusewright::GemmSm90<Config>;
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
 
 // addmm, mul, leaky_relu
-__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
-fused_addmm_mul_leaky_relu(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
-    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+__global__ void __launch_bounds__(Gemm::kThreads, 1)
+fused_addmm_mul_leaky_relu(const __grid_constant__ fusewright::TensorMap a,
+    const __grid_constant__ fusewright::TensorMap b, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out, uint8_t* __restrict__ mask) {
-    Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{bias, out, mask});
+    Gemm::run({a, b, M, N, K, fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost}, Epilogue{bias, out, mask});
 }
 
 }  // namespace forward_addmm_mul_leaky_relu
+
+namespace forward_addmm_mul_leaky_relu_patch {
+
+struct Epilogue {
+    const float* __restrict__ bias;
+    float* __restrict__ out;
+    uint8_t* __restrict__ mask;
+
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&accumulator)[V]) const {
+        float bias_v[V];
+        fusewright::load_vector(bias_v, bias + n, count);
+        float result0[V];
+        bool result1[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const float v0 = accumulator[i] + bias_v[i];  // addmm
+            const float v1 = v0 * 2.0f;  // mul
+            const bool v2 = v1 > 0.0f;
+            const float v3 = v1 * 0.1f;
+            const float v4 = v2 ? v1 : v3;  // leaky_relu
+            result0[i] = v4;
+            result1[i] = v2;
+        }
+        fusewright::store_vector(out + m * 8192 + n, result0, count);
+        fusewright::store_bits(mask + m * 1024, n, result1, count);
+    }
+};
+
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+
+// addmm, mul, leaky_relu
+__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
+fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
+    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
+    const float* __restrict__ bias, float* __restrict__ out, uint8_t* __restrict__ mask) {
+    const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
+        fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
+    int64_t m;
+    int n;
+    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
+    #pragma unroll 4
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        found |= patch.sees(m, n);
+    }
+    if (!__syncthreads_or(found)) return;
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n,
+            Epilogue{bias, out, mask});
+    }
+}
+
+}  // namespace forward_addmm_mul_leaky_relu_patch
 
 // ======== backward
 
@@ -644,6 +1774,33 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
 
 }  // namespace backward_leaky_relu_backward_mul_sum
 
+namespace backward_sample_1_f16x2 {
+
+using Split = fusewright::SplitF16</*Planes*/2>;
+
+// Looks at a sample of each matrix, for its power of two.
+__global__ void __launch_bounds__(Split::kThreads)
+sample_1_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+    int* __restrict__ samples) {
+    if (blockIdx.y == 0) Split::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
+}
+
+}  // namespace backward_sample_1_f16x2
+
+namespace backward_split_1_f16x2 {
+
+using Split = fusewright::SplitF16</*Planes*/2>;
+
+// float32 → fp16 halves, and the largest magnitude of every line and column.
+__global__ void __launch_bounds__(Split::kThreads)
+split_1_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+    const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
+    int64_t block = blockIdx.x;
+    Split::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
+}
+
+}  // namespace backward_split_1_f16x2
+
 namespace backward_mm {
 
 struct Epilogue {
@@ -660,16 +1817,71 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 256, 128, 8, fusewright::Major::MN, fusewright::Major::MN, true, 16, 8>;
+struct Config {
+    using Element = __half;
+    static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
+    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr fusewright::Major kMajorA = fusewright::Major::MN, kMajorB = fusewright::Major::MN;
+    static constexpr bool kScaled = true;
+};
+using Gemm = fusewright::GemmSm90<Config>;
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
 
 // mm
-__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
-fused_mm(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
-    int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out) {
-    Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out});
+__global__ void __launch_bounds__(Gemm::kThreads, 1)
+fused_mm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b,
+    int64_t M, int64_t N, int64_t K, const int* __restrict__ a_halves, const int* __restrict__ b_halves,
+    uint8_t* __restrict__ lost, float* __restrict__ out) {
+    Gemm::run({a, b, M, N, K, fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
+        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost}, Epilogue{out});
 }
 
 }  // namespace backward_mm
+
+namespace backward_mm_patch {
+
+struct Epilogue {
+    float* __restrict__ out;
+
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&accumulator)[V]) const {
+        float result0[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            result0[i] = accumulator[i];
+        }
+        fusewright::store_vector(out + m * 8192 + n, result0, count);
+    }
+};
+
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::MN, fusewright::Major::MN, true, 16, 8>;
+
+// mm
+__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
+fused_mm_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
+    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
+    float* __restrict__ out) {
+    const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
+        fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
+        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
+    int64_t m;
+    int n;
+    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
+    #pragma unroll 4
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        found |= (patch.sees(m, n) || K < 128);
+    }
+    if (!__syncthreads_or(found)) return;
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        if (!__syncthreads_or((patch.sees(m, n) || K < 128))) continue;
+        Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{out});
+    }
+}
+
+}  // namespace backward_mm_patch
 
 namespace backward_mm_2 {
 
@@ -687,21 +1899,78 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 256, 128, 8, fusewright::Major::K, fusewright::Major::MN, true, 16, 8>;
+struct Config {
+    using Element = __half;
+    static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
+    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::MN;
+    static constexpr bool kScaled = true;
+};
+using Gemm = fusewright::GemmSm90<Config>;
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
 
 // mm
-__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
-fused_mm_2(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
-    int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out2) {
-    Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out2});
+__global__ void __launch_bounds__(Gemm::kThreads, 1)
+fused_mm_2(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b,
+    int64_t M, int64_t N, int64_t K, const int* __restrict__ a_halves, const int* __restrict__ b_halves,
+    uint8_t* __restrict__ lost, float* __restrict__ out2) {
+    Gemm::run({a, b, M, N, K, fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost}, Epilogue{out2});
 }
 
 }  // namespace backward_mm_2
+
+namespace backward_mm_2_patch {
+
+struct Epilogue {
+    float* __restrict__ out2;
+
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&accumulator)[V]) const {
+        float result0[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            result0[i] = accumulator[i];
+        }
+        fusewright::store_vector(out2 + m * 8192 + n, result0, count);
+    }
+};
+
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::MN, true, 16, 8>;
+
+// mm
+__global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
+fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
+    const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+    const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
+    float* __restrict__ out2) {
+    const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
+        fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
+        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
+    int64_t m;
+    int n;
+    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
+    #pragma unroll 4
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        found |= patch.sees(m, n);
+    }
+    if (!__syncthreads_or(found)) return;
+    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
+        Gemm::locate(tile, M, N, m, n);
+        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{out2});
+    }
+}
+
+}  // namespace backward_mm_2_patch
 
 // ======== host code
 
 using Sizes = std::vector<c10::SymInt>;
 
+// Messages are made without streams: CUDA's libraries bring parts of std::ostream of their own, and a library that is
+// loaded after them may be bound to those.
 std::string text(c10::SymIntArrayRef sizes) {
     std::string result;
     for (const c10::SymInt& size : sizes)
@@ -750,6 +2019,42 @@ void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int 
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The driver's function, asked for by name: nothing more has to be linked.
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+    C10_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
+#else
+    C10_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status));
+#endif
+    TORCH_CHECK(found && status == cudaDriverEntryPointSuccess, "these kernels need a driver of CUDA 12.0 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+// Tells the copy engine (TMA) where boxes of a tensor lie: extents, the innermost first; strides of the others.
+template <class T, size_t rank>
+fusewright::TensorMap tensor_map(T* start, CUtensorMapDataType type, const int64_t (&extents)[rank],
+                                 const int64_t (&strides)[rank - 1], const uint32_t (&box)[rank],
+                                 CUtensorMapSwizzle swizzle) {
+    static const auto encode = tensor_map_encoder();
+    fusewright::TensorMap map{};
+    cuuint64_t dims[rank], bytes[rank];
+    cuuint32_t steps[rank];
+    for (size_t i = 0; i < rank; ++i) {
+        if (extents[i] == 0) return map;  // nothing is ever copied
+        dims[i] = extents[i];
+        bytes[i] = i == 0 ? sizeof(T) : strides[i - 1] * sizeof(T);
+        steps[i] = 1;
+    }
+    const CUresult result =
+        encode(reinterpret_cast<CUtensorMap*>(&map), type, rank, start, dims, bytes + 1, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    TORCH_CHECK(result == CUDA_SUCCESS, "the driver refuses a tensor map: CUDA error " + std::to_string(result));
+    return map;
+}
+
 void fusewright_fused_check(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
     require_gpu(weight_, "weight");
     require_rank(x_, "x", 2);
@@ -767,13 +2072,36 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
     const at::Tensor bias = ready(bias_, {1});
     const at::Tensor x = ready(x_, {8192, 1});
     const at::TensorOptions options = weight.options();
-    at::Tensor out;
+    at::Tensor halves, halves1, out;
+
+    {  // encode x, encode weight
+        halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
+        halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
+        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_2_f16x2::sample_2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples));
+        launch(fused_split_2_f16x2::split_2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0,
+            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 16 * (std::min<int64_t>(66, (batch + 7) / 8)),
+            1056);
+    }
 
     {  // addmm, mul, leaky_relu
         out = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
-        launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu, ((batch + 255) / 256) * 64, 1, 1, 256, 156160,
-            pointer<float>(x), 8192, 1, pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<float>(bias),
-            pointer<float>(out));
+        at::Tensor lost = at::empty_strided({((batch + 127) / 128) * 512}, {1}, options.dtype(at::kByte));
+        const auto halves_map = tensor_map(pointer<__half>(halves), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
+            pointer<float>(bias), pointer<float>(out));
+        launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
+            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
+            pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
     }
 
     return out;
@@ -788,8 +2116,8 @@ void fusewright_forward_check(const at::Tensor& weight_, const at::Tensor& bias_
     require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
 }
 
-std::tuple<at::Tensor, at::Tensor> fusewright_forward(const at::Tensor& weight_, const at::Tensor& bias_,
-    const at::Tensor& x_) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(const at::Tensor& weight_,
+    const at::Tensor& bias_, const at::Tensor& x_) {
     fusewright_forward_check(weight_, bias_, x_);
     const c10::cuda::CUDAGuard guard(weight_.device());
     const int64_t batch = x_.size(0);
@@ -797,41 +2125,69 @@ std::tuple<at::Tensor, at::Tensor> fusewright_forward(const at::Tensor& weight_,
     const at::Tensor bias = ready(bias_, {1});
     const at::Tensor x = ready(x_, {8192, 1});
     const at::TensorOptions options = weight.options();
-    at::Tensor out, mask;
+    at::Tensor halves, halves1, out, mask;
+
+    {  // encode x, encode weight
+        halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
+        halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
+        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_2_f16x2::sample_2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples));
+        launch(fused_split_2_f16x2::split_2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0,
+            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 16 * (std::min<int64_t>(66, (batch + 7) / 8)),
+            1056);
+    }
 
     {  // addmm, mul, leaky_relu
         out = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
         mask = at::empty_strided({batch, 1024}, {1024, 1}, options.dtype(at::kByte));
-        launch(forward_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu, ((batch + 255) / 256) * 64, 1, 1, 256,
-            156160, pointer<float>(x), 8192, 1, pointer<float>(weight), 1, 8192, batch, 8192, 8192,
+        at::Tensor lost = at::empty_strided({((batch + 127) / 128) * 512}, {1}, options.dtype(at::kByte));
+        const auto halves_map = tensor_map(pointer<__half>(halves), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        launch(forward_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
+        launch(forward_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
+            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
+            pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
     }
 
-    return {out, mask};
+    return {out, halves, halves1, mask};
 }
 
-void fusewright_backward_check(const at::Tensor& weight_, const at::Tensor& x_, const at::Tensor& mask_,
-    const at::Tensor& grad_) {
+void fusewright_backward_check(const at::Tensor& weight_, const at::Tensor& x_, const at::Tensor& saved_,
+    const at::Tensor& saved2_, const at::Tensor& mask_, const at::Tensor& grad_) {
     require_gpu(weight_, "weight");
     require_rank(x_, "x", 2);
     const c10::SymInt batch = x_.sym_size(0);
     require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
     require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
+    require(saved_, "saved", at::kInt, {8193 * batch + 8193}, weight_.device());
+    require(saved2_, "saved2", at::kInt, {67125249}, weight_.device());
     require(mask_, "mask", at::kByte, {batch, 1024}, weight_.device());
     require(grad_, "grad", at::kFloat, {batch, 8192}, weight_.device());
 }
 
 std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at::Tensor& x_,
-    const at::Tensor& mask_, const at::Tensor& grad_, at::IntArrayRef wanted) {
-    fusewright_backward_check(weight_, x_, mask_, grad_);
+    const at::Tensor& saved_, const at::Tensor& saved2_, const at::Tensor& mask_, const at::Tensor& grad_,
+    at::IntArrayRef wanted) {
+    fusewright_backward_check(weight_, x_, saved_, saved2_, mask_, grad_);
     const c10::cuda::CUDAGuard guard(weight_.device());
     const int64_t batch = x_.size(0);
     const at::Tensor weight = ready(weight_, {8192, 1});
     const at::Tensor x = ready(x_, {8192, 1});
+    const at::Tensor saved = ready(saved_, {1});
+    const at::Tensor saved2 = ready(saved2_, {1});
     const at::Tensor mask = ready(mask_, {1024, 1});
     const at::Tensor grad = ready(grad_, {8192, 1});
     const at::TensorOptions options = weight.options();
-    at::Tensor t1, out1, out, out2;
+    at::Tensor t1, out1, halves, out, out2;
 
     if (wanted[0] || wanted[1] || wanted[2]) {  // leaky_relu_backward, mul, sum
         t1 = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
@@ -840,16 +2196,44 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             8192, batch, pointer<uint8_t>(mask), pointer<float>(grad), pointer<float>(t1), pointer<float>(out1));
     }
 
+    if (wanted[0] || wanted[2]) {  // encode t1
+        halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
+        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(t1), 8192, batch, 8192,
+            pointer<int32_t>(halves), pointer<int32_t>(samples));
+        launch(backward_split_1_f16x2::split_1_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
+            pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+            16 * (std::min<int64_t>(66, (batch + 7) / 8)));
+    }
+
     if (wanted[0]) {  // mm
         out = at::empty_strided({8192, 8192}, {8192, 1}, options.dtype(at::kFloat));
-        launch(backward_mm::fused_mm, 2048, 1, 1, 256, 156160, pointer<float>(t1), 1, 8192, pointer<float>(x), 8192,
-            1, 8192, 8192, batch, pointer<float>(out));
+        at::Tensor lost = at::empty_strided({32768}, {1}, options.dtype(at::kByte));
+        const auto halves_map = tensor_map(pointer<__half>(halves), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        const auto saved_map = tensor_map(pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        launch(backward_mm::fused_mm, std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214064,
+            halves_map, saved_map, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
+            pointer<uint8_t>(lost), pointer<float>(out));
+        launch(backward_mm_patch::fused_mm_patch, 263, 1, 1, 128, 82432, pointer<float>(t1), 1, 8192,
+            pointer<float>(x), 8192, 1, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
+            pointer<uint8_t>(lost), pointer<float>(out));
     }
 
     if (wanted[2]) {  // mm
         out2 = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
-        launch(backward_mm_2::fused_mm_2, ((batch + 255) / 256) * 64, 1, 1, 256, 156160, pointer<float>(t1), 8192, 1,
-            pointer<float>(weight), 8192, 1, batch, 8192, 8192, pointer<float>(out2));
+        at::Tensor lost = at::empty_strided({((batch + 127) / 128) * 512}, {1}, options.dtype(at::kByte));
+        const auto halves_map = tensor_map(pointer<__half>(halves), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        const auto saved2_map = tensor_map(pointer<__half>(saved2), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, 8192, 2},
+            {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        launch(backward_mm_2::fused_mm_2, std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064,
+            halves_map, saved2_map, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
+            pointer<uint8_t>(lost), pointer<float>(out2));
+        launch(backward_mm_2_patch::fused_mm_2_patch, std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128,
+            82432, pointer<float>(t1), 8192, 1, pointer<float>(weight), 8192, 1, batch, 8192, 8192,
+            pointer<int32_t>(halves), pointer<int32_t>(saved2), pointer<uint8_t>(lost), pointer<float>(out2));
     }
 
     std::vector<at::Tensor> results;
@@ -865,18 +2249,21 @@ at::Tensor fusewright_fused_meta(const at::Tensor& weight_, const at::Tensor& bi
     return at::empty_strided_symint(Sizes{batch, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat));
 }
 
-std::tuple<at::Tensor, at::Tensor> fusewright_forward_meta(const at::Tensor& weight_, const at::Tensor& bias_,
-    const at::Tensor& x_) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward_meta(const at::Tensor& weight_,
+    const at::Tensor& bias_, const at::Tensor& x_) {
     fusewright_forward_check(weight_, bias_, x_);
     const c10::SymInt batch = x_.sym_size(0);
     return {
         at::empty_strided_symint(Sizes{batch, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat)),
+        at::empty_strided_symint(Sizes{8193 * batch + 8193}, Sizes{1}, weight_.options().dtype(at::kInt)),
+        at::empty_strided_symint(Sizes{67125249}, Sizes{1}, weight_.options().dtype(at::kInt)),
         at::empty_strided_symint(Sizes{batch, 1024}, Sizes{1024, 1}, weight_.options().dtype(at::kByte))};
 }
 
 std::vector<at::Tensor> fusewright_backward_meta(const at::Tensor& weight_, const at::Tensor& x_,
-    const at::Tensor& mask_, const at::Tensor& grad_, at::IntArrayRef wanted) {
-    fusewright_backward_check(weight_, x_, mask_, grad_);
+    const at::Tensor& saved_, const at::Tensor& saved2_, const at::Tensor& mask_, const at::Tensor& grad_,
+    at::IntArrayRef wanted) {
+    fusewright_backward_check(weight_, x_, saved_, saved2_, mask_, grad_);
     const c10::SymInt batch = x_.sym_size(0);
     std::vector<at::Tensor> results;
     if (wanted[0]) results.push_back(at::empty_strided_symint(Sizes{8192, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat)));
@@ -896,20 +2283,20 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::forward");
         const auto results = run.call(weight, bias, x);
-        context->save_for_backward({weight, x, std::get<1>(results)});
+        context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
     }
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
         for (size_t place : places) wanted.push_back(context->needs_input_grad(place));
-        const auto computed = run.call(saved[0], saved[1], saved[2], gradients[0], wanted);
+        const auto computed = run.call(saved[0], saved[1], saved[2], saved[3], saved[4], gradients[0], wanted);
         torch::autograd::variable_list result(3);
         size_t next = 0;
         for (size_t i = 0; i < places.size(); ++i)
@@ -925,17 +2312,17 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::fused");
     return run.call(weight, bias, x);
 }
 
 // What `backward` gives when its own gradient may be asked for: the same, and an error if it is.
 struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
-        const at::Tensor& weight, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
+        const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
-        return run.call(weight, x, mask, grad, wanted);
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
+        return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
@@ -943,44 +2330,49 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     }
 };
 
-std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& mask, const at::Tensor& grad, at::IntArrayRef wanted) {
-    fusewright_backward_check(weight, x, mask, grad);
-    if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || mask.requires_grad() || grad.requires_grad()))
-        return FirstDerivative::apply(weight, x, mask, grad, wanted.vec());
+std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, at::IntArrayRef wanted) {
+    fusewright_backward_check(weight, x, saved, saved2, mask, grad);
+    if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
+        return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fae6e599a5ed::backward");
-    return run.call(weight, x, mask, grad, wanted);
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
+    return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
-    library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor)");
-    library.def("backward(Tensor weight, Tensor x, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
+    library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+    library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fae6e599a5ed, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
 }
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise RuntimeError(
+            "these kernels are for sm_90a (H200), and the GPU here is another: write the file again on this machine, "
+            "or with `fusewright optimize --arch` for this GPU"
+        )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_fae6e599a5ed",
+        name="fusewright_gemm_multiply_leakyrelu_882e2ce1a41c",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -988,6 +2380,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "--fmad=false",  # a product and a sum round apart, as in eager
             "-U__CUDA_NO_HALF_CONVERSIONS__",  # torch turns these conversions off; the kernels use them
             "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+            "-gencode=arch=compute_90a,code=sm_90a",
         ],
         is_python_module=False,
     )
@@ -1008,7 +2401,7 @@ class ModelNew(nn.Module):
             self.leaky_relu.negative_slope,
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
-        return torch.ops.fusewright_gemm_multiply_leakyrelu_fae6e599a5ed.fused(self.gemm.weight, self.gemm.bias, x)
+        return torch.ops.fusewright_gemm_multiply_leakyrelu_882e2ce1a41c.fused(self.gemm.weight, self.gemm.bias, x)
 
 
 batch_size = 1024

@@ -230,7 +230,7 @@ for space, arguments in json.loads(sys.argv[2]).items():
 
 def test_the_operators_can_be_called(tmp_path: Path) -> None:
     names = ("several inputs", "tuple", "indices first", "two linears", "integers", "flattened", "residual")
-    files = [varied(name) for name in (*names, "tensor cores")]
+    files = [varied(name) for name in (*names, "tensor cores", "float32 halves")]
     library = library_of([*files, written(SORTED, library=True)], tmp_path)
     arguments = {space_of(file): described(file) for file in files}
     command = [sys.executable, "-c", _CALLS, str(library), json.dumps(arguments)]

@@ -15,8 +15,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def test_the_written_example_is_current() -> None:
     with without_gpu():
-        file, instance, captured = load_and_capture(EXAMPLES / "gemm_multiply_leakyrelu.py", {}, None)
-        text = emit(file, instance.model, captured, chip_for(DEFAULT_ARCH), library=False).text
+        chip = chip_for(DEFAULT_ARCH)
+        file, instance, captured = load_and_capture(EXAMPLES / "gemm_multiply_leakyrelu.py", {}, None, chip)
+        text = emit(file, instance.model, captured, chip, library=False).text
     committed = (EXAMPLES / "optimized" / "gemm_multiply_leakyrelu_new.py").read_text()
     assert committed == text, "write it again with `make examples`"
 

@@ -217,7 +217,8 @@ def test_results_share_no_memory() -> None:
 
 def test_batch_stays_free() -> None:
     """No size of the batch is in the C++."""
-    host = varied("three dimensions").text.split("// ======== host code")[1].split("class ModelNew")[0]
+    text = written(MODELS["three dimensions"], chip="sm_80").text  # where no line is padded to 24
+    host = text.split("// ======== host code")[1].split("class ModelNew")[0]
     assert "batch" in host and not re.search(r"[^0-9a-f_](6|24)[^0-9a-f]", host)
 
 
@@ -244,6 +245,16 @@ def test_tensor_cores() -> None:
     assert '"-gencode=arch=compute_90a,code=sm_90a",' in text
     assert "if torch.cuda.get_device_capability() != (9, 0):" in text
     assert "#include <cuda.h>" in text and "-lcuda" not in text
+
+
+def test_float32_by_halves() -> None:
+    """One split of x and one of the weight serve forward and both products of backward, which splits its gradient."""
+    text = varied("float32 halves").text
+    functions = [text.split(f" fusewright_{n}(")[1].split("\n}\n")[0] for n in ("fused", "forward", "backward")]
+    assert [f.count("// encode ") for f in functions] == [1, 1, 1]
+    assert "// encode x, encode weight" in functions[1] and "// encode t1" in functions[2]
+    assert "pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16" in functions[2]
+    assert text.count("split_2_f16x2(const float*") == 1  # inference and training launch the same kernel
 
 
 def test_other_chips_have_kernels_that_run_everywhere() -> None:

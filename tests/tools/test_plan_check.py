@@ -11,9 +11,11 @@ import torch
 
 from fusewright.chip import chip_for
 from fusewright.fusion import reference
+from fusewright.runtime.executable import Executable
+from fusewright.runtime.target import SimulatorTarget
 from fusewright.tools import plan_check
 from fusewright.tools.plan_check import PlanCheck, check
-from fusewright.tools.small import small
+from fusewright.tools.small import Small, small
 from model_files import varied
 
 CHIP = chip_for("sm_80")
@@ -23,7 +25,7 @@ RIGHT = ("several inputs", "buffers", "tuple", "twice", "two linears", "integers
 
 
 def checked(name: str, *, simulate: bool = False) -> PlanCheck:
-    return check(small(varied(name).file, {}, None), CHIP, {}, schedules=int(simulate))
+    return check(small(varied(name).file, {}, None), CHIP, (), schedules=int(simulate))
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -90,5 +92,35 @@ def test_a_kernel_is_held_against_eager() -> None:
 
 
 def test_sizes_are_said() -> None:
-    reduced = replace(small(varied("tabs").file, {}, None), sizes="these")
-    assert check(reduced, CHIP, {}, schedules=0).sizes == "these"
+    renamed = replace(small(varied("tabs").file, {}, None), sizes="these")
+    assert check(renamed, CHIP, (), schedules=0).sizes == "these"
+
+
+def test_what_is_simulated_is_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensor cores' kernels, at sizes at which they would not be chosen."""
+    if not SimulatorTarget(chip_for("sm_90a")).tensor_maps:
+        pytest.skip("the simulator has no tensor maps")
+    ran: set[str] = set()
+
+    class Recorded(Executable):
+        def __init__(self, plan: Any, programs: Any, *rest: Any) -> None:
+            ran.update(p.family for p in programs.values() if p.region in plan.regions and p.region.gemm is not None)
+            super().__init__(plan, programs, *rest)
+
+    monkeypatch.setattr(plan_check, "Executable", Recorded)
+    outcome = check(reduced(), chip_for("sm_90a"), varied("float32 halves").emitted.planned, schedules=1)
+    assert ran == {"gemm_sm90"} and outcome.kernels is not None and outcome.kernels.passed
+
+
+def reduced() -> Small:
+    """A Linear with an activation, ragged."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gemm = torch.nn.Linear(136, 72)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.leaky_relu(self.gemm(x) * 2.0, 0.1)
+
+    return Small(Model(), [torch.rand(40, 136)], "small")

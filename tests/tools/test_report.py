@@ -82,7 +82,7 @@ def planned_of(text: str, name: str) -> tuple[dict[str, Any], CapturedModel, tup
     with tempfile.TemporaryDirectory() as folder, without_gpu():
         path = Path(folder) / "model.py"
         path.write_text(text)
-        _, instance, captured = load_and_capture(path, {}, None)
+        _, instance, captured = load_and_capture(path, {}, None, CHIP)
         return header(Path(name), instance, CHIP), captured, plan_model(captured, CHIP, library=False)
 
 

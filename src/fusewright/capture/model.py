@@ -24,6 +24,7 @@ from fusewright.capture.fx import from_fx
 from fusewright.capture.joint import partition_joint
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
+from fusewright.passes.format import Capabilities
 
 _SHOWN = 7  # rows, where the file's own batch is one that Dynamo takes for a constant
 
@@ -46,6 +47,7 @@ class CapturedModel:
     saved: where each input of backward comes from. Backward's outputs are the gradients of the arguments, in order.
     result: the structure that the model returns, an `OutputIndex` in the place of each tensor.
     sizes: the value of each size symbol in the inputs that the model was captured with.
+    capabilities: those by which products of the forward and backward graphs read halves of their operands.
     """
 
     arguments: tuple[str | None, ...]
@@ -56,12 +58,14 @@ class CapturedModel:
     outputs: int
     result: Any
     sizes: Mapping[sympy.Symbol, int]
+    capabilities: Capabilities | None = None
 
 
 class _Recorder:
     """A Dynamo backend that keeps graphs and runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, capabilities: Capabilities | None) -> None:
+        self.capabilities = capabilities
         self.arguments: list[str | None] = []
         self.graph: Graph | None = None
         self.sizes: dict[sympy.Symbol, int] = {}
@@ -82,7 +86,9 @@ class _Recorder:
         return compiled
 
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
-        forward, backward = partition_joint(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+        forward, backward = partition_joint(
+            joint, inputs, num_fwd_outputs=num_fwd_outputs, capabilities=self.capabilities, **options
+        )
         self.split = (forward, backward, num_fwd_outputs)
         self.tangents = [p.name for p in joint.graph.find_nodes(op="placeholder") if "tangents" in str(p.target)]
         return forward, backward
@@ -99,33 +105,41 @@ class _Recorder:
         return boxed
 
 
-def capture(model: nn.Module, inputs: Sequence[Any], *, training: bool = True) -> CapturedModel:
+def capture(
+    model: nn.Module, inputs: Sequence[Any], *, training: bool = True, capabilities: Capabilities | None = None
+) -> CapturedModel:
     """Traces `model(*inputs)`. training: also with gradients of every floating parameter and input.
+
+    capabilities: products of the training graphs may read halves of their operands where that pays.
 
     Sizes equal to the first dimension of the first tensor input become symbols where the model lets them. Raises
     CannotCapture where the model is not one graph.
     """
     batch = _batch(inputs)
     if batch is None or batch > 1:
-        return _capture(model, inputs, training)
+        return _capture(model, inputs, training, capabilities)
     # Dynamo takes sizes of 0 and 1 for constants, so it is shown a larger batch, if the model takes one.
     try:
-        captured = _capture(model, _with_batch(inputs, batch), training)
+        captured = _capture(model, _with_batch(inputs, batch), training, capabilities)
     except Exception:
-        return _capture(model, inputs, training)
+        return _capture(model, inputs, training, capabilities)
     return replace(captured, sizes={s: batch if size == _SHOWN else size for s, size in captured.sizes.items()})
 
 
-def _capture(model: nn.Module, inputs: Sequence[Any], training: bool) -> CapturedModel:
+def _capture(
+    model: nn.Module, inputs: Sequence[Any], training: bool, capabilities: Capabilities | None
+) -> CapturedModel:
     training = training and any(
         t.is_floating_point() for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if _is_tensor(t)
     )
-    inference = _record(model, _detached(inputs, False), grad=False)
-    joint = _record(model, _detached(inputs, True), grad=True) if training else None
+    inference = _record(model, _detached(inputs, False), capabilities, grad=False)
+    joint = _record(model, _detached(inputs, True), capabilities, grad=True) if training else None
     result, outputs = _result(inference)
     recorded = inference[0]
     assert recorded.graph is not None
-    base = CapturedModel(tuple(recorded.arguments), recorded.graph, None, None, (), outputs, result, recorded.sizes)
+    base = CapturedModel(
+        tuple(recorded.arguments), recorded.graph, None, None, (), outputs, result, recorded.sizes, capabilities
+    )
     if joint is None or joint[0].split is None:
         return base
     recorder = joint[0]
@@ -171,8 +185,10 @@ def _with_training(
     return replace(base, forward=forward_graph, backward=from_fx(backward), saved=tuple(saved))
 
 
-def _record(model: nn.Module, inputs: Sequence[Any], *, grad: bool) -> tuple[_Recorder, Any]:
-    recorder = _Recorder()
+def _record(
+    model: nn.Module, inputs: Sequence[Any], capabilities: Capabilities | None, *, grad: bool
+) -> tuple[_Recorder, Any]:
+    recorder = _Recorder(capabilities)
     torch._dynamo.reset()
     _mark_batch(inputs)
     required = [(p, p.requires_grad) for p in model.parameters()]

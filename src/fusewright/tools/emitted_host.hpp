@@ -2,6 +2,8 @@
 
 using Sizes = std::vector<c10::SymInt>;
 
+// Messages are made without streams: CUDA's libraries bring parts of std::ostream of their own, and a library that is
+// loaded after them may be bound to those.
 std::string text(c10::SymIntArrayRef sizes) {
     std::string result;
     for (const c10::SymInt& size : sizes)

@@ -19,11 +19,13 @@ from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.capture.without_gpu import without_gpu
 from fusewright.chip import Chip
 from fusewright.errors import CannotCapture, FusewrightError, WrongResult
+from fusewright.kernels.choose import capabilities
 from fusewright.runtime.nvrtc import compile_all
+from fusewright.settings import tf32_allowed
 from fusewright.tools import explain, plan_check
 from fusewright.tools.emit import emit
 from fusewright.tools.files import check_output, write
-from fusewright.tools.planned import Planned, plan_model, variants_of
+from fusewright.tools.planned import Planned, plan_model
 from fusewright.tools.small import CHECKED, SIMULATED, small
 from fusewright.tools.verify import Subject, render, verify
 
@@ -72,7 +74,9 @@ def optimize(request: Request, console: Console) -> Written:
     """Plans, compiles, checks and writes. Raises WrongResult if a check fails; then no file is written."""
     check_output(request.out, [request.path])
     with console.status("loading and tracing the model"):
-        file, instance, captured = load_and_capture(request.path, request.settings, request.dtype)
+        file, instance, captured = load_and_capture(
+            request.path, request.settings, request.dtype, request.chip, library=request.library
+        )
         emitted = emit(file, instance.model, captured, request.chip, library=request.library, dtype=request.dtype)
     explanation = _explained(request.path, instance, emitted.planned, request.chip, console)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
@@ -97,7 +101,7 @@ def explain_file(
 ) -> dict[str, Any]:
     """What `optimize` would make of a file: prints it, and returns it for JSON."""
     with console.status("loading and tracing the model"):
-        _, instance, captured = load_and_capture(path, settings, dtype)
+        _, instance, captured = load_and_capture(path, settings, dtype, chip, library=library)
         planned = plan_model(captured, chip, library=library)
     return _explained(path, instance, planned, chip, console)
 
@@ -112,14 +116,19 @@ def _explained(
 
 
 def load_and_capture(
-    path: Path, settings: Mapping[str, object], dtype: torch.dtype | None
+    path: Path, settings: Mapping[str, object], dtype: torch.dtype | None, chip: Chip, *, library: bool = False
 ) -> tuple[ModelFile, Instance, CapturedModel]:
-    """Loads the file and traces its model. A model that fails in eager mode raises EagerFailure with its own error."""
+    """Loads the file and traces its model, for a chip: float32 products by halves, where that pays there, in the
+    precision that torch's flags ask for once the file is loaded.
+
+    A model that fails in eager mode raises EagerFailure with its own error.
+    """
     file = model_file.load(path, settings)
     instance = file.instantiate(dtype=dtype)
     try:
         with without_gpu():
-            return file, instance, capture(instance.model, instance.inputs)
+            products = capabilities(chip, library=library, tensor_maps=True, tf32=tf32_allowed())
+            return file, instance, capture(instance.model, instance.inputs, capabilities=products)
     except FusewrightError:
         file.run(instance)  # if eager fails too, its error is the one to show
         raise
@@ -173,7 +182,7 @@ def _check_without_gpu(
             console.print(Text("the model is too large to check without a GPU; nothing was checked", "yellow"))
             return None
         simulate = reduced.parameters <= SIMULATED
-        outcome = plan_check.check(reduced, request.chip, variants_of(planned), request.schedules if simulate else 0)
+        outcome = plan_check.check(reduced, request.chip, planned, request.schedules if simulate else 0)
     console.print(checked(outcome))
     failed = [o for o in (outcome.plan, outcome.kernels) if o is not None and not o.passed]
     if failed:

@@ -20,7 +20,7 @@ from fusewright.fusion import reference
 from fusewright.ir.size import evaluate
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
-from fusewright.tools.planned import Planned, plan_model
+from fusewright.tools.planned import Planned, plan_model, variants_of
 from fusewright.tools.small import Small
 
 Runner = Callable[..., Sequence[Any]]
@@ -52,12 +52,27 @@ class PlanCheck:
     kernels: Outcome | None
 
 
-def check(small: Small, chip: Chip, variants: Mapping[str, str], schedules: int) -> PlanCheck:
-    """Runs inference, forward and backward of a small model both ways. variants: the tiles to
-    use. schedules: how many orders of its threads the simulator tries for each kernel; 0 simulates nothing."""
+@dataclass(frozen=True)
+class _Always:
+    """Every product that can read halves does: small ones too, as the large ones do that they stand for."""
+
+    planes: int
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0
+
+    def split(self, elements: float) -> float:
+        return 0.0
+
+
+def check(small: Small, chip: Chip, shipped: Sequence[Planned], schedules: int) -> PlanCheck:
+    """Runs inference, forward and backward of a small model both ways, by the kernels of `shipped` as far as they
+    take these sizes. schedules: how many orders of its threads the simulator tries for each kernel; 0 simulates
+    nothing."""
     target = SimulatorTarget(chip, max(1, schedules))
-    captured = capture(small.model, small.inputs)
-    planned = plan_model(captured, chip, library=False, variants=variants, tensor_maps=target.tensor_maps)
+    planes = [r.halves.planes for p in shipped for e in p.plan.encodes for r in e.results if target.tensor_maps]
+    captured = capture(small.model, small.inputs, capabilities=_Always(planes[0]) if planes else None)
+    planned = plan_model(captured, chip, library=False, variants=variants_of(shipped), tensor_maps=target.tensor_maps)
     inputs = _signed(small.inputs)
     trial = _Trial(captured, small.model, inputs)
     exact = [_reference(p) for p in planned]

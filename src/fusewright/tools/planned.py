@@ -50,7 +50,7 @@ def plan_model(
     for name, graph, inputs in graphs:
         renamed = _size_names(graph, inputs)
         graph = substitute(graph, renamed)
-        plan = compiler.plan(graph, inputs)
+        plan = compiler.plan(graph, inputs, captured.capabilities if name == "fused" else None)
         programs = {
             region: _choice(found, library, (variants or {}).get(f"{name}.{region}"))
             for region, found in candidates(plan, chip, library=library, tensor_maps=tensor_maps).items()

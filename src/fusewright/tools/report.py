@@ -137,7 +137,9 @@ def report(request: Request, console: Console) -> dict[str, Any]:
     check_output(request.out, [request.path, *request.measured])
     measured = tuple(read_measured(path) for path in request.measured)
     with console.status("loading and tracing the model"):
-        _, instance, captured = load_and_capture(request.path, request.settings, request.dtype)
+        _, instance, captured = load_and_capture(
+            request.path, request.settings, request.dtype, request.chip, library=request.library
+        )
         planned = plan_model(captured, request.chip, library=request.library)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
         page = build(header(request.path, instance, request.chip), captured, planned, request.chip, measured)

@@ -18,7 +18,6 @@ from fusewright.errors import ToolMissing
 from fusewright.tools import plan_check
 from fusewright.tools.emit import emit
 from fusewright.tools.optimize import checked, load_and_capture
-from fusewright.tools.planned import variants_of
 from fusewright.tools.small import SIMULATED, small
 from fusewright.tools.verify import Subject, render, verify
 
@@ -67,7 +66,7 @@ def _simulated(
     """Without a GPU: the candidate has to be what fusewright writes, the kernels of which are then simulated."""
     chip = chip_for(arch)
     with console.status("simulating the kernels at small sizes"), without_gpu():
-        file, instance, captured = load_and_capture(reference, settings, dtype)
+        file, instance, captured = load_and_capture(reference, settings, dtype, chip)
         emitted = emit(file, instance.model, captured, chip, library=False, dtype=dtype)
         if emitted.text != candidate.read_text(encoding="utf-8"):
             raise ToolMissing(
@@ -76,7 +75,7 @@ def _simulated(
             )
         reduced = small(file, settings, dtype)
         simulate = reduced.parameters <= SIMULATED
-        outcome = plan_check.check(reduced, chip, variants_of(emitted.planned), schedules if simulate else 0)
+        outcome = plan_check.check(reduced, chip, emitted.planned, schedules if simulate else 0)
     console.print(f"{candidate} is what fusewright writes for {reference}")
     console.print(checked(outcome))
     passed = outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed
