@@ -23,7 +23,7 @@ from fusewright.errors import BadMeasurement, OutputNotWritable
 from fusewright.tools.layered import layered
 from fusewright.tools.optimize import header, load_and_capture
 from fusewright.tools.planned import Planned, plan_model
-from fusewright.tools.report import Page, Request, build, render, report
+from fusewright.tools.report import Page, Request, _graph, build, render, report
 from fusewright.tools.report_graphs import operators
 from fusewright.tools.report_measured import read_measured
 from fusewright.tools.report_roofline import Point, roofline
@@ -168,6 +168,17 @@ def test_sixteen_bit_results_show_what_eager_stores() -> None:
     _, _, (first, *_) = planned_of(MODELS["bfloat16"], "model.py")
     boxes = [b for b in operators(first, ["result"], "#").boxes if b.kind in ("operator", "input")]
     assert len(boxes) == 6 and all("bf16" in b.lines[1] for b in boxes)
+
+
+def test_steps_that_split_operands_are_kernels() -> None:
+    """On Hopper a float32 product is three of fp16, and its roof a third of theirs."""
+    linear = MODELS["one in a list"].replace("nn.Linear(20, 16)", "nn.Linear(4096, 4096)")
+    _, _, (first, *_) = planned_of(linear.replace("torch.rand(24, 20)", "torch.rand(512, 4096)"), "model.py")
+    graph = _graph(first, ["result"], CHIP, {})
+    assert [r.row.family.split()[0] for r in graph.regions] == ["split_f16", "gemm_sm90"]
+    assert [r.rate_name for r in graph.regions] == ["float32", "float32 by halves"]
+    assert graph.regions[0].operations == 512 * 4096 + 4096 * 4096
+    assert [b.marks for b in graph.after.boxes if b.kind == "kernel"] == [(1,), (2,)]
 
 
 def test_names_cannot_write_markup() -> None:
