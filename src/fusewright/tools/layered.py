@@ -55,7 +55,7 @@ class Layout:
 def layered(sizes: Mapping[Key, tuple[float, float]], edges: Sequence[tuple[Key, Key]]) -> Layout:
     """Places boxes of these sizes (width, height), in pixels. edges: source and target; no cycles."""
     rows = _rows(sizes, edges)
-    extents: dict[Hashable, tuple[float, float]] = {**sizes}
+    extents: dict[Hashable, tuple[float, float]] = dict(sizes.items())
     segments: list[tuple[Hashable, Hashable]] = []
     chains: list[list[Hashable]] = []
     for source, target in edges:  # an edge over several rows bends at a point in each
