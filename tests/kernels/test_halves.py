@@ -95,14 +95,14 @@ def tiny_column(x: Tensor, w: Tensor) -> None:
 
 def opposed(x: Tensor, w: Tensor) -> None:
     """Large values of one operand meet small ones of the other throughout."""
-    powers = torch.exp2(torch.randint(0, 31, (K,)).float())
+    powers = torch.exp2(torch.randint(0, 41, (K,)).float())
     x *= powers
     w /= powers[:, None]
 
 
 def opposed_column(x: Tensor, w: Tensor) -> None:
     """In one column alone: every row of results looks sound."""
-    powers = torch.exp2(torch.randint(0, 31, (K,)).float())
+    powers = torch.exp2(torch.randint(0, 41, (K,)).float())
     x *= powers
     w[:, 5] /= powers
 
@@ -113,4 +113,4 @@ def test_what_halves_cannot_hold_is_computed_again(
 ) -> None:
     x, w = operands()
     change(x, w)
-    assert error(product(x, w), x, w) < 5e-7
+    assert error(product(x, w), x, w) < 1e-6  # without: 2e-4 and more
