@@ -73,7 +73,10 @@ class SimulatorTarget:
 
     chip: Chip
     schedules: int = 1
-    tensor_maps: bool = False  # it has no model of bulk tensor copies
+
+    @property
+    def tensor_maps(self) -> bool:
+        return self.chip.arch == "sm_90a"  # whose instructions the simulator models
 
     def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
         from fusewright.simulator.simulate import Simulator
@@ -84,7 +87,7 @@ class SimulatorTarget:
         return [run(k) for k in Simulator(self.chip).load(launches, schedules=self.schedules)]
 
     def pointer(self, tensor: torch.Tensor, offset: int) -> Any:
-        from fusewright.simulator.simulate import Buffer
+        from fusewright.simulator.buffer import Buffer
 
         whole = Buffer.of(tensor)
         return Buffer(whole.pointer + offset, whole.bytes - offset)
@@ -93,4 +96,6 @@ class SimulatorTarget:
         return pointer.pointer  # type: ignore[no-any-return]
 
     def tensor_map(self, arg: TensorMapArg) -> Callable[[Any], Any]:
-        raise NotImplementedError(f"the simulator has no tensor maps, and the launch wants one of {arg.buffer}")
+        from fusewright.simulator.tensor_map import encode
+
+        return lambda buffer: encode(arg, buffer)
