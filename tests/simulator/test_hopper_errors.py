@@ -276,6 +276,9 @@ BUGS: Mapping[str, Bug] = {
     "registers_that_nobody_gives": Bug(
         errors.Deadlock, "registers_acquire<240>();\n", 0, ("waits for 240 registers a thread",)
     ),
+    "registers_without_bounds": Bug(
+        errors.UndefinedOperation, "registers_release<40>();  // BUG\n", 0, ("without __launch_bounds__",)
+    ),
     "registers_grow_by_release": Bug(
         errors.UndefinedOperation, "registers_release<256>();  // BUG\n", 31, ("to 256 registers, but has 248",)
     ),
@@ -308,8 +311,8 @@ def planted(name: str, bug: Bug) -> LaunchSpec:
     tensor_map = TensorMapArg("x", torch.float16, (64, 192, 1), (64, 192 * 64), (64, 128, 1), written=True)
     args = (tensor_map, BufferArg("out", torch.float32, written=True))
     source = START.replace("NAME", name) + bug.body + "}\n"
-    if name == "registers_that_nobody_gives":
-        source = source.replace("(128, 1)", "(128, 4)")
+    bounds = {"registers_that_nobody_gives": "(128, 4)", "registers_without_bounds": "(128)"}
+    source = source.replace("(128, 1)", bounds.get(name, "(128, 1)"))
     return LaunchSpec(name, source, (1, 1, 1), (128, 1, 1), args, 64 * 1024, (bug.cluster, 1, 1))
 
 
