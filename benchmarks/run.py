@@ -53,6 +53,7 @@ STEPS = (
     program("gemm_simt", 80, "--trials", "20"),
     program("first_call", 150, "--rounds", "1"),
     program("headline", 300, "--quick", "--trials", "30"),
+    program("precision", 60),
     program("accuracy", 120, "--quick", budgeted=True),
     program("epilogues", 75, "--quick", budgeted=True),
     program("sweep", 180, "--quick", budgeted=True),
