@@ -1225,8 +1225,9 @@ struct GemmSimt {
     static constexpr int kVector = 16 / sizeof(Accumulator), kLanesM = 4, kLanesN = 8;
     static constexpr int kWarpsM = TileM / (kLanesM * MicroM), kWarpsN = TileN / (kLanesN * MicroN);
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kGroupsM = MicroM / kVector, kGroupsN = MicroN / kVector;
-    // Products in one chain. Adding a block up costs a large tile more, since few warps are there to hide it.
-    static constexpr int kBlockK = MicroM * MicroN >= 128 ? 256 : 128;
+    // Products in one chain. Adding a block up costs a large tile more, since few warps are there to hide it; a small
+    // tile often has a short K, of which a library would make several sums.
+    static constexpr int kBlockK = MicroM * MicroN >= 128 ? 128 : MicroM * MicroN >= 64 ? 64 : 32;
     static constexpr int kGroupM = 8;    // tiles below each other that neighbouring blocks compute
     static constexpr int kAlignment = kVector * sizeof(Element);
     // A multiprocessor has 65536 registers: 128 for each thread while its sums take at most 32 of them, else 256.
@@ -1969,8 +1970,8 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
 
 using Sizes = std::vector<c10::SymInt>;
 
-// Messages are made without streams: CUDA's libraries bring parts of std::ostream of their own, and a library that is
-// loaded after them may be bound to those.
+// Messages are made without streams: where this is linked with a libstdc++ of its own, as some compilers do, the locales
+// of its streams are not those that torch's copy has set up, and numbers crash it.
 std::string text(c10::SymIntArrayRef sizes) {
     std::string result;
     for (const c10::SymInt& size : sizes)
@@ -2283,7 +2284,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2291,7 +2292,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2312,7 +2313,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2321,7 +2322,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2335,31 +2336,31 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_882e2ce1a41c::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_882e2ce1a41c, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
 }
@@ -2372,7 +2373,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_882e2ce1a41c",
+        name="fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2401,7 +2402,7 @@ class ModelNew(nn.Module):
             self.leaky_relu.negative_slope,
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
-        return torch.ops.fusewright_gemm_multiply_leakyrelu_882e2ce1a41c.fused(self.gemm.weight, self.gemm.bias, x)
+        return torch.ops.fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336.fused(self.gemm.weight, self.gemm.bias, x)
 
 
 batch_size = 1024

@@ -2,8 +2,8 @@
 
 using Sizes = std::vector<c10::SymInt>;
 
-// Messages are made without streams: CUDA's libraries bring parts of std::ostream of their own, and a library that is
-// loaded after them may be bound to those.
+// Messages are made without streams: where this is linked with a libstdc++ of its own, as some compilers do, the locales
+// of its streams are not those that torch's copy has set up, and numbers crash it.
 std::string text(c10::SymIntArrayRef sizes) {
     std::string result;
     for (const c10::SymInt& size : sizes)
