@@ -105,8 +105,9 @@ struct GemmSimt {
     static constexpr int kVector = 16 / sizeof(Accumulator), kLanesM = 4, kLanesN = 8;
     static constexpr int kWarpsM = TileM / (kLanesM * MicroM), kWarpsN = TileN / (kLanesN * MicroN);
     static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kGroupsM = MicroM / kVector, kGroupsN = MicroN / kVector;
-    // Products in one chain. Adding a block up costs a large tile more, since few warps are there to hide it.
-    static constexpr int kBlockK = MicroM * MicroN >= 128 ? 256 : 128;
+    // Products in one chain. Adding a block up costs a large tile more, since few warps are there to hide it; a small
+    // tile often has a short K, of which a library would make several sums.
+    static constexpr int kBlockK = MicroM * MicroN >= 128 ? 128 : MicroM * MicroN >= 64 ? 64 : 32;
     static constexpr int kGroupM = 8;    // tiles below each other that neighbouring blocks compute
     static constexpr int kAlignment = kVector * sizeof(Element);
     // A multiprocessor has 65536 registers: 128 for each thread while its sums take at most 32 of them, else 256.
