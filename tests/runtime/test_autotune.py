@@ -1,0 +1,113 @@
+"""Which of several programs runs, and that the choice lasts. On the simulator; times are made up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fusewright.chip import chip_for
+from fusewright.fusion.plan import FusionPlan
+from fusewright.kernels.base import Program
+from fusewright.kernels.choose import candidates
+from fusewright.runtime import autotune
+from fusewright.runtime.autotune import Tuned
+from fusewright.runtime.executable import Executable
+from fusewright.runtime.target import SimulatorTarget
+from graphs import check
+
+CHIP = chip_for("sm_80")
+X, W, B = torch.randn(12, 8), torch.randn(4, 8), torch.randn(4)
+
+
+class Clock:
+    """Gives candidates the times that a test wants, and counts how often it is asked."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds, self.asked = seconds, 0
+
+    def __call__(self, timed: Mapping[int, Sequence[Any]], environment: Any) -> dict[int, float]:
+        self.asked += 1
+        self.candidates = list(timed)
+        return {index: self.seconds[index] for index in timed}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    monkeypatch.setattr(autotune.driver, "version", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def contest() -> tuple[FusionPlan, str, list[Program]]:
+    """A plan of one region, and two programs for it: ours, then the library's."""
+
+    record = check(lambda x, w, b: (x @ w.t() + b).relu(), X, W, B, tolerance=1e-5)
+    made = record.plans[0]
+    ((region, found),) = candidates(made, CHIP, library=True).items()
+    return made, region, [found[0], next(p for p in found if p.library)]
+
+
+def tuned(contest: tuple[FusionPlan, str, list[Program]], programs: list[Program] | None = None) -> Tuned:
+    made, region, usual = contest
+    programs = programs or usual
+    target = SimulatorTarget(CHIP)
+    return Tuned(Executable(made, {region: programs[0]}, target, torch.device("cpu"), programs), {region: programs})
+
+
+def run(built: Tuned) -> str:
+    """The family that was chosen; its results are right at the call that chooses, and after."""
+    expected = (X @ W.t() + B).relu()
+    for _ in range(2):
+        (result,) = built(X, W, B)
+        torch.testing.assert_close(result, expected)
+    (program,) = built.executable.programs.values()
+    return program.family
+
+
+@pytest.mark.parametrize(
+    ("seconds", "family"),
+    [((1.0, 2.0), "gemm_simt"), ((2.0, 1.0), "library"), ((1.0, 0.99), "gemm_simt"), ((1.0, 0.95), "library")],
+)
+def test_the_fastest_runs_and_the_library_only_if_it_wins_clearly(
+    contest: Any, seconds: tuple[float, float], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_times", Clock(*seconds))
+    assert run(tuned(contest)) == family
+
+
+def test_a_choice_is_remembered_on_disk(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Clock(2.0, 1.0), Clock(1.0, 2.0)
+    monkeypatch.setattr(autotune, "_times", first)
+    assert run(tuned(contest)) == "library"
+    monkeypatch.setattr(autotune, "_times", second)
+    assert run(tuned(contest)) == "library"
+    assert (first.asked, second.asked) == (1, 0)
+
+
+def test_a_candidate_that_is_wrong_is_named_and_not_timed(
+    contest: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, library = contest[2]
+    assert library.library is not None
+    wrong = replace(library, library=replace(library.library, bias=None))
+    clock = Clock(2.0, 1.0)
+    monkeypatch.setattr(autotune, "_times", clock)
+    with caplog.at_level(logging.WARNING):
+        assert run(tuned(contest, [ours, wrong])) == "gemm_simt"
+    assert clock.candidates == [0]
+    assert "library" in caplog.text and "differs" in caplog.text
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(2.0, 1.0)
+    monkeypatch.setattr(autotune, "_times", clock)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert run(tuned(contest)) == "gemm_simt"
+    assert clock.asked == 0
