@@ -122,6 +122,20 @@ def _worst(found: Result) -> str:
     return f"{found['frobenius']:.2g}, {found['componentwise']:.2g}"
 
 
+def precision(result: Result) -> str:
+    """float32 by what torch's flags allow: milliseconds, and how much faster than the best baseline."""
+    header = ["precision, mode", "eager", "torch.compile", "**fusewright**", "frozen", "error ÷ eager's"]
+    rows = []
+    for flag, found in result["flags"].items():
+        for mode, measured in found["modes"].items():
+            times, faster = measured["timings"], measured["times_faster"]
+            ours = [f"{_ms(times.get(c))} ({faster[c]:.2f}×)" if c in faster else "–" for c in ("fusewright", "frozen")]
+            error = f"{found['errors']['fusewright']['over_eager']:.2f}×"
+            rows.append([f"{flag}, {mode}", _ms(times.get("eager")), _ms(times.get("inductor")), *ours, error])
+    note = "\nMilliseconds, medians; in brackets times faster than the best baseline. Error: of forward, Frobenius.\n"
+    return grid(header, rows) + note + source(result)
+
+
 def overhead(result: Result) -> str:
     """Host microseconds of a launch and of a call of a tiny model."""
     rows = [[name, f"{t['us']:.1f}"] for name, t in result["overheads"].items() if "us" in t]
@@ -300,6 +314,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("headline", headline),
     "accuracy": ("headline", accuracy),
     "overhead": ("headline", overhead),
+    "precision": ("precision", precision),
     "float32_accuracy": ("accuracy", float32_accuracy),
     "gemm_simt": ("gemm_simt", gemm_simt),
     "first_call": ("first_call", first_call),

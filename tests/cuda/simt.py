@@ -10,7 +10,7 @@ from device import TYPES, launch_of
 from fusewright.codegen.launch import BufferArg, LaunchSpec, SizeArg
 
 SIZE = SizeArg(0)
-INCLUDES = {"__half": '#include <cuda_fp16.h>\n', "__nv_bfloat16": '#include <cuda_bf16.h>\n'}
+INCLUDES = {"__half": "#include <cuda_fp16.h>\n", "__nv_bfloat16": "#include <cuda_bf16.h>\n"}
 
 
 @dataclass(frozen=True)
