@@ -38,7 +38,7 @@ class Library:
         direct = _direct(region, gemm)
         if direct is not None:
             return [Program(self.name, region, (), library=LibraryCall(gemm.a, gemm.b, None, direct))]
-        plain = _with_product(region, chip, None, _accumulators(region), gemm.accumulator)
+        plain = _with_product(region, chip, None, accumulators(region), gemm.accumulator)
         biased = _biased(region, gemm)
         if biased is None:
             return [plain]
@@ -58,7 +58,8 @@ def _direct(region: Region, gemm: Gemm) -> str | None:
     return access.buffer if stored else None
 
 
-def _accumulators(region: Region) -> set[Expression]:
+def accumulators(region: Region) -> set[Expression]:
+    """The product, wherever a region reads it."""
     return {e for e in walk(s.value for s in region.sinks) if isinstance(e, Accumulator)}
 
 
@@ -88,18 +89,19 @@ def _with_product(
     assert gemm is not None
     rows = gemm.a.shape[0]
     workspace = Buffer(PRODUCT, (rows, region.columns), (region.columns, 1), dtype, torch.device("meta"))
-    strides: list[Size] = [*_contiguous_rows(region), 1]
+    strides: list[Size] = [*contiguous_rows(region), 1]
     load: Expression = Load(Access(PRODUCT, dtype, tuple(strides)), dtype)
     if dtype != gemm.accumulator:
         load = Apply("cast", (load,), gemm.accumulator)
     known: dict[Expression, Expression] = dict.fromkeys(replaced, load)
-    sinks = tuple(Store(_substitute(s.value, known), s.access) for s in region.stores)
+    sinks = tuple(Store(substitute(s.value, known), s.access) for s in region.stores)
     rest = Region(region.name, region.rows, region.columns, sinks, region.origins)
     call = LibraryCall(gemm.a, gemm.b, bias, PRODUCT)
     return Program("library", region, (pointwise_launch(rest, chip),), (workspace,), library=call)
 
 
-def _contiguous_rows(region: Region) -> list[Size]:
+def contiguous_rows(region: Region) -> list[Size]:
+    """Strides of the row axes in a contiguous matrix."""
     strides: list[Size] = []
     step = region.columns
     for size in reversed(region.rows):
@@ -108,10 +110,11 @@ def _contiguous_rows(region: Region) -> list[Size]:
     return strides[::-1]
 
 
-def _substitute(expression: Expression, known: dict[Expression, Expression]) -> Expression:
+def substitute(expression: Expression, known: dict[Expression, Expression]) -> Expression:
+    """The expression with others in place of the keys of `known`, to which it adds what it has replaced."""
     if expression not in known:
         if isinstance(expression, Apply):
-            operands = tuple(_substitute(o, known) for o in expression.operands)
+            operands = tuple(substitute(o, known) for o in expression.operands)
             known[expression] = Apply(expression.op, operands, expression.dtype, expression.origin)
         else:
             known[expression] = expression
