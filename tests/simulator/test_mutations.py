@@ -85,6 +85,32 @@ def gemm(simulator: Simulator) -> None:
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
 
 
+GEMM_SKINNY = """#include "gemm_skinny.cuh"
+struct Epilogue {
+    float* out;
+    int64_t N;
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&sums)[V]) const {
+        fusewright::store_vector(out + m * N + n, sums, count);
+    }
+};
+using Gemm = fusewright::GemmSkinny<float, float, 8, fusewright::Major::K>;
+static_assert(Gemm::kSharedBytes == 81920);
+extern "C" __global__ void gemm_skinny(const float* a, const float* b, float* out, int64_t m, int64_t n, int64_t k) {
+    Gemm::run(a, k, b, k, m, n, k, k, Epilogue{out, n});
+}
+"""
+
+
+def gemm_skinny(simulator: Simulator) -> None:
+    """Two panels of k, and more steps than the ring has stages."""
+    m, n, k = 5, 32, 600
+    a, b, out = torch.randn(m, k), torch.randn(n, k), torch.zeros(m, n)
+    (kernel,) = simulator.load([launch(GEMM_SKINNY, 256, 81920)], schedules=3)
+    kernel([a, b, out, m, n, k], (1,))
+    torch.testing.assert_close(out.double(), a.double() @ b.double().t(), rtol=1e-4, atol=1e-4)
+
+
 COLUMN_SUM = """#include "column_sum.cuh"
 struct Functor {
     static constexpr int kColumnSums = 1;
@@ -224,6 +250,7 @@ def gemm_sm90(simulator: Simulator) -> None:
 
 RUNS: Mapping[str, Callable[[Simulator], None]] = {
     "gemm_simt.cuh": gemm,
+    "gemm_skinny.cuh": gemm_skinny,
     "column_sum.cuh": column_sum,
     "split_f16.cuh": split_f16,
     "gemm_sm90.cuh": gemm_sm90,

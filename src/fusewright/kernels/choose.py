@@ -10,6 +10,7 @@ from fusewright.errors import UnsupportedDtype
 from fusewright.fusion.plan import FusionPlan, Region
 from fusewright.kernels.base import Family, Program, Refused
 from fusewright.kernels.gemm_simt import GemmSimt
+from fusewright.kernels.gemm_skinny import GemmSkinny
 from fusewright.kernels.gemm_sm90 import ARCH, GemmSm90, HalfProducts
 from fusewright.kernels.library import Library
 from fusewright.kernels.pointwise import Pointwise
@@ -17,7 +18,7 @@ from fusewright.kernels.split_f16 import encode_program
 from fusewright.passes.format import Capabilities
 
 # Those whose launches run everywhere: on the GPU, in the simulator and in written files.
-PORTABLE: tuple[Family, ...] = (GemmSimt(), Pointwise())
+PORTABLE: tuple[Family, ...] = (GemmSimt(), GemmSkinny(), Pointwise())
 
 # A program that is predicted to take this many times the best one's time is not worth measuring; nor is another of its
 # family that is predicted to take so many times the family's best, or comes after so many.

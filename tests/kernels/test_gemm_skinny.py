@@ -1,0 +1,203 @@
+"""Which products of few rows the family takes, how it ranks and launches them, and that its programs are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from test_programs import large
+
+from fusewright.chip import chip_for
+from fusewright.codegen.launch import BufferArg, LaunchSpec, evaluate
+from fusewright.fusion.plan import FusionPlan, Gemm, Matrix, Region
+from fusewright.kernels.base import Program, Refused
+from fusewright.kernels.choose import candidates, contenders
+from fusewright.kernels.gemm_skinny import GemmSkinny, _cost, _program, _tile
+from fusewright.runtime.executable import Executable
+from fusewright.runtime.nvrtc import cached_cubin, parse_resources
+from fusewright.runtime.target import SimulatorTarget
+from graphs import planned
+
+HOPPER = chip_for("sm_90a")
+FAMILY = GemmSkinny()
+
+
+def region_of(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> Region:
+    (region,) = large(m, n, k, dtype).regions
+    return region
+
+
+def with_operands(a: tuple[tuple[object, object], ...], b: tuple[tuple[object, object], ...]) -> Region:
+    """The region of a 16 × 4096 × 4096 product with operands of other (shape, stride)."""
+    matrices = (Matrix(name, torch.float32, *m) for name, m in (("x", a), ("w", b)))  # type: ignore[arg-type]
+    region = region_of(16, 4096, 4096)
+    return Region(region.name, (a[0][0],), b[0][1], region.sinks, (), Gemm(*matrices, torch.float32))  # type: ignore[arg-type]
+
+
+X, W = ((16, 4096), (4096, 1)), ((4096, 4096), (1, 4096))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        (X, W, None),
+        (X, (W[0], (4096, 1)), None),
+        (((16, 4096), (0, 1)), W, None),
+        (((32, 4096), (4096, 1)), W, None),
+        (((33, 4096), (4096, 1)), W, "more than 32 rows"),
+        (((sympy.Symbol("s0", integer=True, positive=True), 4096), (4096, 1)), W, "more than 32 rows"),
+        (((16, 4096), (1, 16)), W, "operand a are not contiguous"),
+        (X, (W[0], (2, 8192)), "no contiguous dimension"),
+        (((16, 4096), (4098, 1)), W, "not 16-byte aligned"),
+        (X, (W[0], (1, 4097)), "not 16-byte aligned"),
+        (((16, 64), (64, 1)), ((64, 4096), (1, 64)), None),
+    ],
+)
+def test_supports(a: tuple[object, ...], b: tuple[object, ...], reason: str | None) -> None:
+    found = FAMILY.supports(with_operands(a, b), HOPPER)  # type: ignore[arg-type]
+    if reason is None:
+        assert found is None
+    else:
+        assert isinstance(found, Refused) and reason in found.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (16, 4096, 4096), (16, 11008, 4096), (32, 8192, 8192)], ids=str)
+def test_chosen_for_few_rows_and_a_large_weight(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    found = candidates(large(*shape, dtype), HOPPER, library=True)["fused_addmm_relu"]
+    assert found[0].family == "gemm_skinny"
+    measured = contenders(found)
+    assert {p.family for p in measured} >= {"gemm_skinny", "library"}
+    # As many blocks as the chip runs at once, or a little less: none waits for a second turn.
+    blocks = found[0].launches[0].grid[0] * found[0].launches[0].grid[1]
+    assert blocks > 0.75 * 2 * HOPPER.multiprocessors
+    waves = -(-blocks // (2 * HOPPER.multiprocessors))
+    assert blocks > 0.75 * waves * 2 * HOPPER.multiprocessors
+
+
+@pytest.mark.parametrize("shape", [(1024, 8192, 8192), (128, 4096, 4096), (16, 64, 64)], ids=str)
+def test_not_chosen_otherwise(shape: tuple[int, int, int]) -> None:
+    for found in candidates(large(*shape), HOPPER, library=False).values():
+        assert found[0].family == "gemm_simt"
+        assert all(p.family != "gemm_skinny" for p in contenders(found))
+
+
+def test_small_sizes_stand_for_large_ones() -> None:
+    """A check at small sizes asks for the variant of the large ones."""
+    for shape in ((16, 4096, 4096), (5, 4096, 4096)):
+        variant = FAMILY.programs(region_of(*shape), HOPPER)[0].variant
+        assert variant in [p.variant for p in FAMILY.programs(region_of(shape[0], 136, 200), HOPPER)]
+
+
+def test_the_best_number_of_splits_comes_first() -> None:
+    region = region_of(16, 4096, 4096)
+    found = FAMILY.programs(region, HOPPER)
+    assert [p.cost for p in found] == sorted(p.cost for p in found)
+    assert found[0].cost < _cost(region, _tile(region.gemm), 1, HOPPER)  # type: ignore[arg-type]
+    # Never less than the weight's bytes take, and not twice it.
+    floor = 4 * 4096 * 4096 / HOPPER.bandwidth
+    assert floor < found[0].cost < 2 * floor
+
+
+def epilogue(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Several results, one of booleans, one transposed."""
+    h = F.linear(x, w, bias)
+    return F.leaky_relu(h * 2.0, 0.1), h > 0, torch.sigmoid(h).t()
+
+
+def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ((x @ w) * bias,)
+
+
+def operands(function: object, m: int, n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn((n, k) if function is epilogue else (k, n), generator=generator)
+    return [t.to(dtype) for t in (torch.randn(m, k, generator=generator), w, torch.randn(n, generator=generator))]
+
+
+def programs_of(plan: FusionPlan, splits: int) -> dict[str, Program]:
+    return {
+        region.name: _program("gemm_skinny", region, _tile(region.gemm), splits, HOPPER)  # type: ignore[arg-type]
+        for region in plan.regions
+    }
+
+
+def launches_of(programs: dict[str, Program]) -> Sequence[LaunchSpec]:
+    found = [launch for p in programs.values() for launch in p.launches]
+    return [*found, *(launch.unaligned for launch in found if launch.unaligned)]
+
+
+CASES = [
+    (epilogue, (5, 72, 640), torch.float32, 2),
+    (epilogue, (9, 33, 72), torch.bfloat16, 1),
+    (epilogue, (18, 136, 200), torch.float16, 3),
+    (epilogue, (4, 70, 40), torch.float64, 2),
+    (product, (3, 136, 1100), torch.bfloat16, 4),
+]
+
+
+@pytest.mark.parametrize(("function", "shape", "dtype", "splits"), CASES)
+def test_programs_in_the_simulator(
+    function: object, shape: tuple[int, int, int], dtype: torch.dtype, splits: int
+) -> None:
+    """Aligned, and with operands that start at odd places, where the CUDA cores' tiles take over."""
+    inputs = operands(function, *shape, dtype)
+    run, record = planned(function)  # type: ignore[arg-type]
+    run(*inputs)
+    (plan,) = record.plans
+    assert all(FAMILY.supports(region, HOPPER) is None for region in plan.regions)
+    executable = Executable(plan, programs_of(plan, splits), SimulatorTarget(HOPPER), torch.device("cpu"))
+    exact = function(*(t.double() for t in inputs))  # type: ignore[operator]
+    moved = [torch.empty(t.numel() + 1, dtype=dtype)[1:].view(t.shape).copy_(t) for t in inputs]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+    for arguments in (inputs, moved):
+        for found, expected in zip(executable(*arguments), exact, strict=True):
+            if found.dtype == torch.bool:
+                assert (found != expected).float().mean() < 0.01
+            else:
+                torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_launches_compile_without_spills(dtype: torch.dtype, splits: int) -> None:
+    inputs = operands(epilogue, 16, 264, 2048, dtype)
+    run, record = planned(epilogue)
+    run(*inputs)
+    programs = programs_of(record.plans[0], splits)
+    for launch in (launch for p in programs.values() for launch in p.launches):
+        resources = parse_resources(cached_cubin(launch.source, "sm_90a").log)[launch.kernel]
+        assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+
+
+def test_arguments_follow_the_parameters_of_the_kernel() -> None:
+    run, record = planned(epilogue)
+    run(*operands(epilogue, 16, 264, 2048, torch.float32))
+    for splits in (1, 3):
+        for spec in launches_of(programs_of(record.plans[0], splits)):
+            signature = spec.source.split(f"\n{spec.kernel}(")[1].split(") {")[0]
+            parameters = [p.strip() for p in signature.replace("\n", " ").split(",")]
+            assert len(parameters) == len(spec.args)
+            for parameter, arg in zip(parameters, spec.args, strict=True):
+                assert ("*" in parameter) == isinstance(arg, BufferArg)
+
+
+def test_any_number_of_rows_at_run_time() -> None:
+    """One program serves every batch size: what depends on it are grids, sizes and the workspace."""
+    s = sympy.Symbol("s0", integer=True, positive=True)
+    region = with_operands(((s, 4096), (4096, 1)), W)
+    program = _program("gemm_skinny", region, _tile(region.gemm), 8, HOPPER)  # type: ignore[arg-type]
+    product, rest = program.launches
+    for m, blocks in ((1, 1), (16, 1), (17, 2), (1000, 63)):
+        assert [evaluate(g, {s: m}) for g in product.grid] == [blocks * 32, 8, 1]
+        assert evaluate(program.workspaces[0].shape[0], {s: m}) == 8 * m
+        assert int(evaluate(rest.grid[0], {s: m})) > 0
+    assert "s0" not in product.source.split("run(")[0]
+
+
+def test_no_rows_launch_nothing() -> None:
+    program = FAMILY.programs(region_of(0, 4096, 4096), HOPPER)[0]
+    assert all(0 in launch.grid for launch in program.launches)
