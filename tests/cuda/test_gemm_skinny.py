@@ -94,11 +94,13 @@ ALL = [
     for major in ("K", "MN")
 ]
 SCHEDULES = {"schedules": 2}
+# Those that need the most registers; bfloat16 needs what float16 does.
+TIGHT = [s for s in ALL if (s.rows == 16 or s.element == "double") and s.element != "__nv_bfloat16"]
 KERNELS = Kernels(skinny.launch() for skinny in ALL)
 
 
 @pytest.mark.parametrize(
-    ("skinny", "arch"), [*((s, "sm_90a") for s in ALL), *((s, "sm_80") for s in ALL if s.rows == 16)], ids=str
+    ("skinny", "arch"), [*((s, "sm_90a") for s in TIGHT), *((s, "sm_80") for s in TIGHT[:2])], ids=str
 )
 def test_fits_in_registers(skinny: Skinny, arch: str) -> None:
     resources = compile_cubin(skinny.source(), arch).resources["kernel"]
