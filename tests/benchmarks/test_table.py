@@ -100,6 +100,24 @@ def compared() -> dict[str, Any]:
                 "bfloat16, SGD": {"failed": "why"},
             },
         },
+        "precision": {
+            "environment": ENVIRONMENT,
+            "flags": {
+                "highest": {
+                    "errors": {"fusewright": {"over_eager": 0.25}},
+                    "modes": {
+                        "forward": {
+                            "timings": {
+                                "eager": _timing(2.0),
+                                "fusewright": _timing(0.5),
+                                "inductor": {"failed": "why"},
+                            },
+                            "times_faster": {"fusewright": 4.0},
+                        }
+                    },
+                }
+            },
+        },
         "tower": {
             "environment": ENVIRONMENT,
             "batch": 16,

@@ -57,7 +57,7 @@ def group(seed: int) -> Group:
         n=_size(r, r.choice((1, 8, 64))),
         k=_size(r, r.choice((1, 8, 64))),
         transposed=r.random() < 0.5,
-        steps=tuple(r.choice(CONTINUOUS) for _ in range(r.randint(0, 4))),
+        steps=(*CONTINUOUS[seed : seed + 1], *r.choices(CONTINUOUS, k=r.randint(0, 3))),  # each of them at least once
         draw=r.randrange(len(DRAWS)),
         batches=tuple(_size(r, 1) for _ in range(BATCHES)),
     )
