@@ -55,8 +55,8 @@ def group(seed: int) -> Group:
     return Group(
         dtype=DTYPES[seed % len(DTYPES)],
         n=_size(r, r.choice((1, 8, 64))),
-        k=_size(r, r.choice((1, 8, 64))),
-        transposed=r.random() < 0.5,
+        k=_size(r, (1, 8, 64)[seed // 6 % 3]),
+        transposed=seed // 3 % 2 == 0,
         steps=(*CONTINUOUS[seed : seed + 1], *r.choices(CONTINUOUS, k=r.randint(0, 3))),  # each of them at least once
         draw=r.randrange(len(DRAWS)),
         batches=tuple(_size(r, 1) for _ in range(BATCHES)),
