@@ -68,40 +68,42 @@ template <class T> __device__ T trigamma(T x) {
     return sign * result;
 }
 
-// Hurwitz's zeta function, the sum of (q + k)^-x over k = 0, 1, …, by the Euler-Maclaurin formula.
-template <class T> __device__ T zeta(T x, T q) {
-    if (x == T(1)) return infinity<T>();
-    if (x < T(1)) return not_a_number<T>();
-    if (q <= T(0)) {
+// Hurwitz's zeta function, the sum of (q + k)^-x over k = 0, 1, …, by the Euler-Maclaurin formula. In double
+// also for float: where q is negative, terms of both signs cancel.
+template <class T> __device__ T zeta(T order, T argument) {
+    const double x = order, q = argument;
+    if (x == 1.0) return infinity<T>();
+    if (x < 1.0) return not_a_number<T>();
+    if (q <= 0.0) {
         if (q == floor(q)) return infinity<T>();
         if (x != floor(x)) return not_a_number<T>();
     }
-    const T precision = T(1.11022302462515654042E-16);
-    T sum = pow(q, -x), term = T(0), at = q;
-    for (int i = 0; i < 9 || at <= T(9); ++i) {
-        at += T(1);
+    const double precision = 1.11022302462515654042E-16;
+    double sum = pow(q, -x), term = 0.0, at = q;
+    for (int i = 0; i < 9 || at <= 9.0; ++i) {
+        at += 1.0;
         term = pow(at, -x);
         sum += term;
-        if (-precision * sum < term && term < precision * sum) return sum;
+        if (-precision * sum < term && term < precision * sum) return T(sum);
     }
-    constexpr T numbers[] = {  // (2k)! / B2k, with Bernoulli's numbers
-        T(12.0), T(-720.0), T(30240.0), T(-1209600.0), T(47900160.0), T(-1.8924375803183791606e9), T(7.47242496e10),
-        T(-2.950130727918164224e12), T(1.1646782814350067249e14), T(-4.5979787224074726105e15),
-        T(1.8152105401943546773e17), T(-7.1661652561756670113e18)};
-    sum += term * at / (x - T(1));
-    sum -= T(0.5) * term;
-    T factor = T(1), k = T(0);
-    for (int i = 0; i < 12; ++i, k += T(1)) {
+    constexpr double numbers[] = {  // (2k)! / B2k, with Bernoulli's numbers
+        12.0, -720.0, 30240.0, -1209600.0, 47900160.0, -1.8924375803183791606e9, 7.47242496e10,
+        -2.950130727918164224e12, 1.1646782814350067249e14, -4.5979787224074726105e15,
+        1.8152105401943546773e17, -7.1661652561756670113e18};
+    sum += term * at / (x - 1.0);
+    sum -= 0.5 * term;
+    double factor = 1.0, k = 0.0;
+    for (int i = 0; i < 12; ++i, k += 1.0) {
         factor *= x + k;
         term /= at;
-        const T correction = factor * term / numbers[i];
+        const double correction = factor * term / numbers[i];
         sum += correction;
-        if (fabs(correction / sum) < precision) return sum;
-        k += T(1);
+        if (fabs(correction / sum) < precision) return T(sum);
+        k += 1.0;
         factor *= x + k;
         term /= at;
     }
-    return sum;
+    return T(sum);
 }
 
 // The modified Bessel functions of the first kind, of orders 0 and 1, divided by exp |x|.
