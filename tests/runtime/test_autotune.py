@@ -38,9 +38,9 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    # A chip of each test's own: choices are remembered by chip, and compiled simulations may be shared.
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(tmp_path))
     monkeypatch.setattr(autotune.driver, "version", lambda: 1)
 
 
