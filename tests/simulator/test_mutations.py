@@ -27,7 +27,6 @@ SYNCHRONISES = re.compile(
     r"|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync|tensor_store_(?:commit|wait\w*))(?:<[^<>;]*>)?\((?P<arguments>[^;{}]*)\)(?=;)"
 )
 DEFINITIONS_ONLY = {"async.cuh", "sm90.cuh", "sm90_ptx.cuh"}
-NOT_SHIPPED = {"gemm_sm90_registers.cuh"}  # no plan uses it yet
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
 
 
 def simulated_files() -> list[Path]:
-    return [path for path in sorted(DEVICE_CODE.glob("*.cuh")) if path.name not in DEFINITIONS_ONLY | NOT_SHIPPED]
+    return [path for path in sorted(DEVICE_CODE.glob("*.cuh")) if path.name not in DEFINITIONS_ONLY]
 
 
 MUTANTS = [mutant for path in simulated_files() for mutant in mutants_of(path)]

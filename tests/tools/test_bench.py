@@ -98,7 +98,7 @@ def test_three_modes_of_every_candidate(measure: Measure) -> None:
 
 
 def test_the_floor(measure: Measure) -> None:
-    """Each input, parameter and result once; float32 counts as three fp16 products, TF32 as two, fp16 as one."""
+    """Each input, parameter and result once; float32 counts as three fp16 products, TF32 and fp16 as one."""
     x, w, b, y = 64 * 32, 32 * 48, 48, 64 * 48
     product = 2 * 64 * 32 * 48
     exact = measure().modes
@@ -107,7 +107,7 @@ def test_the_floor(measure: Measure) -> None:
     assert exact["both"].bytes == exact["forward"].bytes + exact["backward"].bytes
     assert exact["forward"].floor_ms == pytest.approx(1e3 * exact["forward"].bytes / 4e12)
     slow = dict(RATES, copy_bytes_per_s=1e30)
-    for options, passes in (({}, 3), ({"tf32": True}, 2), ({"dtype": torch.float16}, 1)):
+    for options, passes in (({}, 3), ({"tf32": True}, 1), ({"dtype": torch.float16}, 1)):
         timing.rates = lambda: slow
         found = measure(modes=("forward",), **options).modes["forward"]
         assert found.floor_ms == pytest.approx(1e3 * passes * product / 8e14)

@@ -6,6 +6,7 @@ compiled function that would run it only returns empty tensors.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from fusewright.capture.joint import partition_joint
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
 from fusewright.passes.format import Capabilities
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 7  # rows, where the file's own batch is one that Dynamo takes for a constant
 
@@ -121,7 +124,8 @@ def capture(
     # Dynamo takes sizes of 0 and 1 for constants, so it is shown a larger batch, if the model takes one.
     try:
         captured = _capture(model, _with_batch(inputs, batch), training, capabilities)
-    except Exception:
+    except Exception as error:
+        log.info("captured for a batch of %d alone: with more rows, %s", batch, error)
         return _capture(model, inputs, training, capabilities)
     return replace(captured, sizes={s: batch if size == _SHOWN else size for s, size in captured.sizes.items()})
 

@@ -94,11 +94,11 @@ def backward_work(run: Callable[[], Any], leaves: Iterable[Tensor], gradients: S
 def floor_seconds(work: Work, chip: Chip | None, rates: Mapping[str, float], tf32: bool) -> float:
     """Seconds that no version can beat at the measured rates.
 
-    A float32 product counts as three of fp16, the fastest known way to it; one at TF32's precision as two; one of
-    float64 as the chip's datasheet has it (nothing where the chip is not known).
+    By the fastest known ways, a float32 product counts as three of fp16, and one at TF32's precision, whose mantissa is
+    fp16's, as one; one of float64 as the chip's datasheet has it (nothing where the chip is not known).
     """
     double = chip.fp16 / chip.fp64 if chip else 0.0
-    passes = {torch.float32: 2.0 if tf32 else 3.0, torch.float64: double}
+    passes = {torch.float32: 1.0 if tf32 else 3.0, torch.float64: double}
     products = sum(count * passes.get(dtype, 1.0) for dtype, count in work.flop.items())
     return max(work.bytes / rates["copy_bytes_per_s"], products / rates["fp16_flop_per_s"])
 
