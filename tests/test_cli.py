@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+from typer.models import OptionInfo
 
 from fusewright import __version__, cli
 from fusewright.cli.output import Output
@@ -232,6 +234,17 @@ def test_verify_knows_only_its_own_files_without_a_gpu(run: Run, tmp_path: Path)
 def commands() -> list[list[str]]:
     groups = [[g.name, c.name] for g in cli.app.registered_groups for c in g.typer_instance.registered_commands]
     return [[c.callback.__name__] for c in cli.app.registered_commands if c.callback] + groups
+
+
+def test_options_are_named_in_lower_case() -> None:
+    """typer 0.27 names an option that has no name of its own after its metavar."""
+    callbacks = [c.callback for c in cli.app.registered_commands]
+    callbacks += [c.callback for g in cli.app.registered_groups for c in g.typer_instance.registered_commands]
+    for callback in filter(None, callbacks):
+        for name, hint in get_type_hints(callback, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if isinstance(option, OptionInfo) and option.metavar:
+                    assert option.param_decls, f"{callback.__name__}: {name}"
 
 
 def test_help_that_a_newcomer_can_work_from(run: Run) -> None:

@@ -74,7 +74,9 @@ def report(
     ] = False,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Show what `bench --json` or `verify --json` wrote to PATH; repeatable."),
+        typer.Option(
+            "--measured", metavar="PATH", help="Show what `bench --json` or `verify --json` wrote to PATH; repeatable."
+        ),
     ] = None,
     json_: Json = None,
 ) -> None:
@@ -129,7 +131,10 @@ def bench(
     mode: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODE", autocompletion=options.modes, help="forward, backward or both; repeatable. Default: all."
+            "--mode",
+            metavar="MODE",
+            autocompletion=options.modes,
+            help="forward, backward or both; repeatable. Default: all.",
         ),
     ] = None,
     quick: Annotated[
@@ -143,7 +148,8 @@ def bench(
     ] = False,
     trials: Annotated[int, typer.Option(min=50, help="How many trials a median is of.")] = 50,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Draw the roofline: a .png, .svg or .pdf; needs matplotlib.")
+        Path | None,
+        typer.Option("--plot", metavar="PATH", help="Draw the roofline: a .png, .svg or .pdf; needs matplotlib."),
     ] = None,
     json_: Json = None,
 ) -> None:

@@ -35,6 +35,7 @@ Reference = Annotated[Path, typer.Argument(metavar="REFERENCE", help="The model 
 Arch = Annotated[
     str | None,
     typer.Option(
+        "--arch",
         metavar="ARCH",
         autocompletion=_archs,
         help=f"Compile for this chip: {', '.join(CHIPS)}. Default: the GPU here, else {DEFAULT_ARCH}.",
@@ -43,6 +44,7 @@ Arch = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         autocompletion=_dtypes,
         help=f"Cast floating parameters and inputs to {', '.join(DTYPES)}. Default: as the file.",
