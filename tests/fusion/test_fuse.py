@@ -339,6 +339,16 @@ def test_integers() -> None:
     assert kernels(record) == [["pointwise"]]
 
 
+def test_sums_of_different_dtypes_are_apart() -> None:
+    """Each kernel adds up in one type."""
+    x = torch.randn(6, 12)
+    several = (x.double(), x, x.double().exp(), torch.randint(2**40, (6, 12)), x.half())
+    record = check(lambda *xs: [t.sum(0) for t in xs], *several)
+    assert kernels(record) == [["sum", "sum", "sum"]]  # 16 bits are added up in float32
+    for region in record.plans[0].regions:
+        assert len({s.value.dtype for s in region.sinks}) == 1
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "step", "expanded", "offset"])
 def test_inputs_of_any_layout(layout: str) -> None:
     make: dict[str, Function] = {

@@ -147,15 +147,19 @@ class _Planner:
                     yield self.regions.encode(group, self.unique("encode"), group[0] in kept)
 
     def pointwise(self, sinks: Sequence[Node]) -> list[Step]:
-        """One region for each shape among the sinks of a level; sums over other dimensions are apart."""
+        """One region for each shape among the sinks of a level; sums over other dimensions, or of another dtype, apart.
+
+        A kernel adds up all its sums in one type.
+        """
         groups: dict[tuple[Any, ...], list[Node]] = {}
-        summed: dict[tuple[Size, ...], tuple[int, ...]] = {}
+        summed: dict[tuple[Size, ...], Any] = {}
         for sink in sinks:
             shape = sink.inputs[0].tensor.shape if sink.op in ("sum", "pack_bits") else sink.tensor.shape
             wide = tuple(s for s in shape if not same(s, 1))
             dims = tuple(d for d in sink.attribute("dims") if not same(shape[d], 1)) if sink.op == "sum" else ()
-            apart = bool(dims) and summed.setdefault(wide, dims) != dims
-            groups.setdefault((wide, dims if apart else ()), []).append(sink)
+            sums = (dims, sink.tensor.dtype) if sink.op == "sum" else ()
+            apart = bool(sums) and summed.setdefault(wide, sums) != sums
+            groups.setdefault((wide, sums if apart else ()), []).append(sink)
         return [self.regions.pointwise_region(shape, group, self.name) for (shape, _), group in groups.items()]
 
     def name(self, origins: Sequence[Origin]) -> str:
