@@ -41,12 +41,18 @@
 #define __CUDACC__ 1
 #define __CUDA_ARCH__ FUSEWRIGHT_ARCH
 
-#define FUSEWRIGHT_COORDINATES(OF) \
-    (dim3(::fusewright_simulator::OF(0), ::fusewright_simulator::OF(1), ::fusewright_simulator::OF(2)))
-#define threadIdx FUSEWRIGHT_COORDINATES(thread_index)
-#define blockIdx FUSEWRIGHT_COORDINATES(block_index)
-#define blockDim FUSEWRIGHT_COORDINATES(block_extent)
-#define gridDim FUSEWRIGHT_COORDINATES(grid_extent)
+// "used": a debugger calls them.
+#define FUSEWRIGHT_COORDINATES __attribute__((used)) __forceinline__ dim3
+namespace fusewright_simulator {
+FUSEWRIGHT_COORDINATES thread_coordinates() { return dim3(thread_index(0), thread_index(1), thread_index(2)); }
+FUSEWRIGHT_COORDINATES block_coordinates() { return dim3(block_index(0), block_index(1), block_index(2)); }
+FUSEWRIGHT_COORDINATES block_extents() { return dim3(block_extent(0), block_extent(1), block_extent(2)); }
+FUSEWRIGHT_COORDINATES grid_extents() { return dim3(grid_extent(0), grid_extent(1), grid_extent(2)); }
+}  // namespace fusewright_simulator
+#define threadIdx (::fusewright_simulator::thread_coordinates())
+#define blockIdx (::fusewright_simulator::block_coordinates())
+#define blockDim (::fusewright_simulator::block_extents())
+#define gridDim (::fusewright_simulator::grid_extents())
 #define warpSize 32
 
 // Code of the simulator itself: accesses in it are not the kernel's.
