@@ -13,6 +13,7 @@ from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
 from fusewright import compiler
+from fusewright.capture.direct import Direct
 from fusewright.capture.fx import from_fx, host_numbers
 from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
@@ -76,19 +77,26 @@ def fusewright(
         _tell_kept(executable_of(built).plan)
         if check is not None:
             check(executable_of(built).plan, is_backward(graph))
-        run = Replayed.of(built, stationary(graph), graph.meta.get(RESULTS), kept) if settings.cuda_graphs else built
+        results = graph.meta.get(RESULTS)
+        replayed = Replayed.of(built, stationary(graph), results, kept) if settings.cuda_graphs else built
         donate_nothing()
-        boxed: Callable[..., Any] = make_boxed_func(_bringing(run, host_numbers(graph), device))
+        run = _bringing(replayed, host_numbers(graph), device)
+        if is_backward(graph):
+            direct.add_backward(run, graph)
+        else:
+            direct.add_forward(run, results)
+        boxed: Callable[..., Any] = make_boxed_func(run)
         return boxed
 
-    compiled: Callable[..., Any] = aot_autograd(
+    direct = Direct()
+    wrapped: Callable[..., Any] = aot_autograd(
         fw_compiler=compile_fx,
         bw_compiler=compile_fx,
         inference_compiler=compile_fx,
         partition_fn=split_joint,
         decompositions=decompositions(),
     )(module, example_inputs)
-    return compiled
+    return direct.around(wrapped, module, example_inputs)
 
 
 def _bringing(run: Callable[..., Any], numbers: Sequence[int], device: torch.device) -> Callable[..., Any]:
