@@ -49,6 +49,7 @@ def program(name: str, seconds: float, *quick: str, budgeted: bool = False) -> S
 
 PYTEST = ["-m", "pytest", "-m", "gpu", "-n", "8", "--tb=short", "-rfE", "--continue-on-collection-errors"]
 STEPS = (
+    program("parity", 60),
     Step("tests", (sys.executable, *PYTEST), 200),
     program("gemm_simt", 80, "--trials", "20"),
     program("first_call", 150, "--rounds", "1"),

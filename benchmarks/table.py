@@ -309,6 +309,48 @@ def tower(result: Result) -> str:
     return grid(header, rows) + note + source(result)
 
 
+def parity(result: Result) -> str:
+    """Operations by how far the simulator's results are from the GPU's."""
+    functions = result["functions"]
+    apart: dict[int, dict[str, list[str]]] = {}
+    for dtype, found in functions.items():
+        for name, difference in found.items():
+            apart.setdefault(difference["ulps"], {}).setdefault(dtype, []).append(name)
+    rows = [
+        [_ulps(ulps), *(", ".join(f"`{n}`" for n in sorted(names.get(d, []))) or "–" for d in functions)]
+        for ulps, names in sorted(apart.items())
+    ]
+    host = result["host"]
+    note = (
+        f"\nThe most over {result['operands']:,} operands, the host's functions from {host['libc']}. "
+        f"{_same(result['exact'])}\n"
+    )
+    return grid(["apart by at most", *functions], rows) + note + source(result)
+
+
+def _ulps(count: int) -> str:
+    return {0: "nothing", 1: "1 ulp"}.get(count, f"{count} ulps")
+
+
+def _same(exact: Mapping[str, Result]) -> str:
+    """Which of the operations that must give the same bits do."""
+    parts = []
+    for dtype, found in exact.items():
+        wrong = [f"`{name}`" for name, difference in found.items() if difference["same"] < 1]
+        parts.append(
+            f"{len(found) - len(wrong)} of {len(found)} in {dtype}" + (f", not {', '.join(wrong)}" * bool(wrong))
+        )
+    return f"Of the operations that must give the same bits these do: {'; '.join(parts)}."
+
+
+def hopper(result: Result) -> str:
+    """Which cases of Hopper's instructions gave the simulator's bits on a GPU."""
+    found = result["hopper"]
+    wrong = [f"`{name}`" for name, difference in found.items() if difference]
+    verdict = f"all but {', '.join(wrong)}" if wrong else "all"
+    return f"Of {len(found)} cases {verdict} gave the simulator's bits.\n{source(result)}"
+
+
 # marker → the results that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("headline", headline),
@@ -323,6 +365,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo": ("zoo", lambda r: zoo(r) + image("zoo", "Speedups of the zoo's models")),
     "training": ("training", lambda r: training(r) + image("training", "Loss curves with and without fusewright")),
     "tower": ("tower", tower),
+    "parity": ("parity", parity),
+    "hopper_parity": ("parity", hopper),
 }
 NOT_MEASURED = "Not measured yet"
 

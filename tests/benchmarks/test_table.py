@@ -118,6 +118,17 @@ def compared() -> dict[str, Any]:
                 }
             },
         },
+        "parity": {
+            "environment": ENVIRONMENT,
+            "host": {"libc": "glibc 2.39", "compiler": "g++"},
+            "operands": 1048576,
+            "exact": {"float32": {"add": {"same": 1.0}, "fmod": {"same": 0.5}}, "float64": {"add": {"same": 1.0}}},
+            "functions": {
+                "float32": {"exp": {"ulps": 2}, "tan": {"ulps": 1}, "log": {"ulps": 1}},
+                "float64": {"exp": {"ulps": 1}, "tan": {"ulps": 0}, "log": {"ulps": 1}},
+            },
+            "hopper": {"sums": "", "stores": "3 of 4 differ"},
+        },
         "tower": {
             "environment": ENVIRONMENT,
             "batch": 16,
@@ -206,6 +217,9 @@ def test_writes_every_table_from_the_results(tmp_path: Path, results: Path) -> N
     assert "Kernels as launched in float32" in text
     assert "| float32, SGD | 0.0001 | 0.0002 | 0.25 | yes |\n| bfloat16, SGD | – | – | – | failed |" in text
     assert "| float32, 1024 wide | 0.100 | – | – | – | – | 0.75× |" in text
+    assert "| nothing | – | `tan` |\n| 1 ulp | `log`, `tan` | `exp`, `log` |\n| 2 ulps | `exp` | – |" in text
+    assert "over 1,048,576 operands" in text and "1 of 2 in float32, not `fmod`; 1 of 1 in float64." in text
+    assert "Of 2 cases all but `stores` gave the simulator's bits." in text
     assert text.count("\nbetween\n") == len(table.TABLES) and "\nold\n" not in text
     assert _run(document, results) == 0
     assert document.read_text() == text

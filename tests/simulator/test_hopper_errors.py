@@ -251,6 +251,13 @@ BUGS: Mapping[str, Bug] = {
     "box_beyond_the_tensor": Bug(
         errors.OutOfBounds, INIT + LOAD.replace("0, 0, 0)", "0, 64, 0)").replace("\n", "  // BUG\n"), 0, ("of `x`",)
     ),
+    "store_before_the_tensor": Bug(
+        errors.UndefinedOperation,
+        WROTE + "fence_proxy_async();\n__syncthreads();\n"
+        "if (thread == 0) tensor_store(&map, shared, 0, -1, 0);  // BUG\n",
+        0,
+        ("before the tensor, at -1 of dimension 1",),
+    ),
     "no_map": Bug(
         errors.UndefinedOperation,
         "__shared__ TensorMap other;\n" + INIT + LOAD.replace("&map", "&other").replace("\n", "  // BUG\n"),

@@ -100,6 +100,11 @@ CASES: Mapping[str, Case] = {
                   lambda a: torch.tensor([0, 2, -2, 2**31 - 1, -(2**31), 0, 7, -1] * 8).int()),
     "smaller": ("const float* a, float* out", "out[i] = min(a[i], 0.5f) + max(int(threadIdx.x) % 4, 2) + max(1u, 0);",
                 [A], lambda a: a.minimum(torch.tensor(0.5)) + torch.tensor([2, 2, 2, 3] * 16) + 1),
+    # 0x7f800001 is a NaN that signals.
+    "smaller_of_nans": ("const float* a, float* out",
+                        "const float nan = __int_as_float(0x7f800001); "
+                        "out[i] = (i < 32 ? fminf(nan, a[i]) : fmax(a[i], nan)) + min(0.0f, -0.0f);", [A],
+                        lambda a: a),
     "vectors": ("const float* a, float* out",
                 "if (i < 16) { float4 v = reinterpret_cast<const float4*>(a)[i]; "
                 "reinterpret_cast<float4*>(out)[i] = make_float4(v.w, v.z, v.y, v.x); }", [A],

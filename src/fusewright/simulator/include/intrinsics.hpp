@@ -73,10 +73,28 @@ inline double normcdfinv(double a) {
     const double size = static_cast<double>(1.41421356237309504880L * inverse_erfc(c, 1 - c));
     return a < 0.5 ? -size : size;
 }
+// Of a NaN and a number the number, of -0 and 0 the smaller; the C library's give NaN for one that signals.
+template <class T> T smaller(T a, T b) {
+    if (a != a || b != b) return a != a ? b : a;
+    return a < b || (a == b && __builtin_signbit(a)) ? a : b;
+}
+template <class T> T larger(T a, T b) {
+    if (a != a || b != b) return a != a ? b : a;
+    return a > b || (a == b && !__builtin_signbit(a)) ? a : b;
+}
+template <class A, class B> using Promoted = decltype(::fmin(A(), B()));
+template <class A, class B> auto fmin(A a, B b) { return smaller<Promoted<A, B>>(a, b); }
+template <class A, class B> auto fmax(A a, B b) { return larger<Promoted<A, B>>(a, b); }
+inline float fminf(float a, float b) { return smaller(a, b); }
+inline float fmaxf(float a, float b) { return larger(a, b); }
 inline float erfcxf(float a) { return static_cast<float>(erfcx(static_cast<double>(a))); }
 inline float erfinvf(float a) { return static_cast<float>(erfinv(static_cast<double>(a))); }
 inline float normcdfinvf(float a) { return static_cast<float>(normcdfinv(static_cast<double>(a))); }
 }  // namespace fusewright_simulator
+#define fmin ::fusewright_simulator::fmin
+#define fmax ::fusewright_simulator::fmax
+#define fminf ::fusewright_simulator::fminf
+#define fmaxf ::fusewright_simulator::fmaxf
 #define erfcx ::fusewright_simulator::erfcx
 #define erfcxf ::fusewright_simulator::erfcxf
 #define erfinv ::fusewright_simulator::erfinv
@@ -97,19 +115,15 @@ inline float normcdfinvf(float a) { return static_cast<float>(normcdfinv(static_
 // CUDA has min and max for every pair of arithmetic types; for floating point they are fmin and fmax.
 template <class A, class B> __forceinline__ constexpr auto min(A a, B b) {
     using T = std::common_type_t<A, B>;
-    if constexpr (std::is_same_v<T, float>)
-        return __builtin_fminf(a, b);
-    else if constexpr (std::is_same_v<T, double>)
-        return __builtin_fmin(a, b);
+    if constexpr (std::is_floating_point_v<T>)
+        return fusewright_simulator::smaller<T>(a, b);
     else
         return T(a) < T(b) ? T(a) : T(b);
 }
 template <class A, class B> __forceinline__ constexpr auto max(A a, B b) {
     using T = std::common_type_t<A, B>;
-    if constexpr (std::is_same_v<T, float>)
-        return __builtin_fmaxf(a, b);
-    else if constexpr (std::is_same_v<T, double>)
-        return __builtin_fmax(a, b);
+    if constexpr (std::is_floating_point_v<T>)
+        return fusewright_simulator::larger<T>(a, b);
     else
         return T(a) > T(b) ? T(a) : T(b);
 }

@@ -105,6 +105,11 @@ void Block::land_load(const BulkLoad& load) {
 void Block::tensor_store(Thread& thread, const void* pointer, const void* from, const int* at, unsigned dimensions,
                          const char* pc) {
     const TensorMap& map = check_map(thread, pointer, at, dimensions, pc);
+    for (unsigned i = 0; i < dimensions; ++i)
+        if (at[i] < 0)  // not in the PTX ISA; an H200 stops with an illegal instruction
+            fail(thread, Failure::kUndefined, pc,
+                 "stores a box that begins before the tensor, at " + std::to_string(at[i]) + " of dimension " +
+                     std::to_string(i));
     const size_t offset = check_shared(thread, from, map.bytes(), kCopyAlignment, "copies a box", pc);
     shadow.begin_read(thread, thread, offset, map.bytes(), pc);
     map.each_line(at, [&](unsigned, uint64_t address, unsigned, unsigned bytes) {
