@@ -5,10 +5,11 @@ The whole database, in every dtype, is for the GPU (tests/gpu/test_ops_gpu.py); 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import operator_samples as samples
 from fusewright import compiler
@@ -40,6 +41,11 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FusionPlan]]:
     yield made
 
 
+def call(name: str, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> samples.Call:
+    leaves, structure = tree_flatten((tensors, {}))
+    return samples.Call(name, function, leaves, structure, tensors[0].dtype)
+
+
 @pytest.mark.parametrize("dtype", PARTS, ids=str)
 def test_operators_are_as_accurate_as_eager(dtype: torch.dtype, plans: list[FusionPlan]) -> None:
     step, first = PARTS[dtype]
@@ -48,9 +54,40 @@ def test_operators_are_as_accurate_as_eager(dtype: torch.dtype, plans: list[Fusi
     assert len(several) >= 8
     eager, exact = samples.evaluate(samples.together(several), several), samples.oracle(several)
     found = samples.evaluate(samples.compiled(several, simulate=True), several)
-    assert samples.problems(several, found, eager, exact) == []
+    problems = samples.problems(several, found, eager, exact)
+    assert not problems, "\n".join(problems)
     left = {o.name for plan in plans for f in plan.steps if isinstance(f, Fallback) for o in f.origins}
     assert left <= samples.NOT_POINTWISE
+
+
+def test_float64_keeps_its_precision_beside_float32() -> None:
+    """In one kernel's sums, which are the gradients of what was broadcast."""
+    dtypes = (torch.float32, torch.float64)
+    rows = [(torch.randn(28, 6, dtype=d), torch.randn(6, dtype=d).requires_grad_()) for d in dtypes]
+    several = [call("mul", torch.mul, *r) for r in rows]
+    eager, exact = samples.evaluate(samples.together(several), several), samples.oracle(several)
+    found = samples.evaluate(samples.compiled(several, simulate=True), several)
+    assert samples.problems(several, found, eager, exact) == []
+
+
+def test_integers_are_their_own_roundings() -> None:
+    """Not by way of floating point, which does not hold them all."""
+    several = [
+        call(f.__name__, f, x)
+        for x in (torch.tensor([2**53 + 1, -(2**62) - 1, 0]), torch.tensor([255, 7, 0], dtype=torch.uint8))
+        for f in (torch.floor, torch.ceil, torch.trunc, torch.round)
+    ]
+    found = samples.compiled(several, simulate=True)(*(c.tensors[0] for c in several))
+    for each, result in zip(several, found, strict=True):
+        assert torch.equal(result, each.tensors[0]), each.name
+
+
+def test_float32_accuracy_is_no_measure_for_float64() -> None:
+    """Of eager, whose constants have float32's precision in some kernels."""
+    several = samples.vectors(["nn.functional.hardsigmoid"], torch.float64, LENGTH, 1)
+    eager, exact = samples.evaluate(samples.together(several), several), samples.oracle(several)
+    rounded = samples.Results([v.float().double() for v in eager.values], eager.gradients)
+    assert "largest error" in str(samples.problems(several, rounded, rounded, exact))
 
 
 def test_the_gate_sees_what_it_should() -> None:
