@@ -37,5 +37,5 @@ def called_in_forward(text: str) -> list[str]:
     model = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "ModelNew")
     forward = next(n for n in model.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
     calls = [ast.unparse(n.func) for n in ast.walk(forward) if isinstance(n, ast.Call)]
-    ours = re.compile(r"torch\.ops\.fusewright_\w+\.fused|ValueError")
+    ours = re.compile(r"torch\.ops\.fusewright_\w+\.(fused|frozen)|ValueError")
     return [c for c in calls if not ours.fullmatch(c)]

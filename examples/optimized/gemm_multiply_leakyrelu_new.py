@@ -2244,6 +2244,83 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
     return results;
 }
 
+void fusewright_split_check(const at::Tensor& weight_) {
+    require_gpu(weight_, "weight");
+    require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
+}
+
+at::Tensor fusewright_split(const at::Tensor& weight_) {
+    fusewright_split_check(weight_);
+    const c10::cuda::CUDAGuard guard(weight_.device());
+    const at::Tensor weight = ready(weight_, {8192, 1});
+    const at::TensorOptions options = weight.options();
+    at::Tensor halves1;
+
+    {  // encode weight
+        halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
+        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples));
+        launch(backward_split_1_f16x2::split_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 1056);
+    }
+
+    return halves1;
+}
+
+void fusewright_frozen_check(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_,
+    const at::Tensor& halves1_) {
+    require_gpu(weight_, "weight");
+    require_rank(x_, "x", 2);
+    const c10::SymInt batch = x_.sym_size(0);
+    require(weight_, "weight", at::kFloat, {8192, 8192}, weight_.device());
+    require(bias_, "bias", at::kFloat, {8192}, weight_.device());
+    require(x_, "x", at::kFloat, {batch, 8192}, weight_.device());
+    require(halves1_, "halves1", at::kInt, {67125249}, weight_.device());
+}
+
+at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_,
+    const at::Tensor& halves1_) {
+    fusewright_frozen_check(weight_, bias_, x_, halves1_);
+    const c10::cuda::CUDAGuard guard(weight_.device());
+    const int64_t batch = x_.size(0);
+    const at::Tensor weight = ready(weight_, {8192, 1});
+    const at::Tensor bias = ready(bias_, {1});
+    const at::Tensor x = ready(x_, {8192, 1});
+    const at::Tensor halves1 = ready(halves1_, {1});
+    const at::TensorOptions options = weight.options();
+    at::Tensor halves, out;
+
+    {  // encode x
+        halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
+        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+            pointer<int32_t>(halves), pointer<int32_t>(samples));
+        launch(backward_split_1_f16x2::split_1_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
+            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+            16 * (std::min<int64_t>(66, (batch + 7) / 8)));
+    }
+
+    {  // addmm, mul, leaky_relu
+        out = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
+        at::Tensor lost = at::empty_strided({((batch + 127) / 128) * 512}, {1}, options.dtype(at::kByte));
+        const auto halves_map = tensor_map(pointer<__half>(halves), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
+            {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+        launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
+            pointer<float>(bias), pointer<float>(out));
+        launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
+            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
+            pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
+    }
+
+    return out;
+}
+
 at::Tensor fusewright_fused_meta(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_) {
     fusewright_fused_check(weight_, bias_, x_);
     const c10::SymInt batch = x_.sym_size(0);
@@ -2273,6 +2350,18 @@ std::vector<at::Tensor> fusewright_backward_meta(const at::Tensor& weight_, cons
     return results;
 }
 
+at::Tensor fusewright_split_meta(const at::Tensor& weight_) {
+    fusewright_split_check(weight_);
+    return at::empty_strided_symint(Sizes{67125249}, Sizes{1}, weight_.options().dtype(at::kInt));
+}
+
+at::Tensor fusewright_frozen_meta(const at::Tensor& weight_, const at::Tensor& bias_, const at::Tensor& x_,
+    const at::Tensor& halves1_) {
+    fusewright_frozen_check(weight_, bias_, x_, halves1_);
+    const c10::SymInt batch = x_.sym_size(0);
+    return at::empty_strided_symint(Sizes{batch, 8192}, Sizes{8192, 1}, weight_.options().dtype(at::kFloat));
+}
+
 // ======== gradients
 
 // An operator through the dispatcher, where tracing sees it.
@@ -2284,7 +2373,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2292,7 +2381,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2313,7 +2402,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2322,7 +2411,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2336,33 +2425,52 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
+}
+
+// ======== frozen: no gradients
+
+at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x, const at::Tensor& halves1) {
+    fusewright_frozen_check(weight, bias, x, halves1);
+    TORCH_CHECK(!at::GradMode::is_enabled() || !(weight.requires_grad() || bias.requires_grad() || x.requires_grad()),
+                "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
+                "call it under torch.no_grad(), or call its method thaw() to train it");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::frozen");
+    return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_82e920c862fa, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
+    library.def("split(Tensor weight) -> Tensor");
+    library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
+    library.impl("split", fusewright_split);
+    library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
+    library.impl("split", fusewright_split_meta);
+    library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
+    library.impl("frozen", frozen_autograd);
 }
 """
 
@@ -2373,7 +2481,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336",
+        name="fusewright_gemm_multiply_leakyrelu_82e920c862fa",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2402,7 +2510,39 @@ class ModelNew(nn.Module):
             self.leaky_relu.negative_slope,
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
-        return torch.ops.fusewright_gemm_multiply_leakyrelu_5f5f6b1bd336.fused(self.gemm.weight, self.gemm.bias, x)
+        if self._halves:
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+        else:
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.fused(self.gemm.weight, self.gemm.bias, x)
+
+    # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
+    _halves = ()
+
+    def freeze(self):
+        """For inference: splits the parameters into fp16 halves now, and no more in each call. Returns the model.
+
+        Prints the memory that the halves take. Results stay the same, bit for bit. Until `thaw`, a call cannot have
+        gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
+        """
+        with torch.no_grad():
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.split(self.gemm.weight),)
+        torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
+        size = sum(halves.numel() * halves.element_size() for halves in self._halves)
+        print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
+        return self
+
+    def thaw(self):
+        """Forgets what `freeze` keeps: the parameters may change, and calls have gradients. Returns the model."""
+        self._halves = ()
+        return self
+
+    def _apply(self, *args, **kwargs):
+        self.thaw()  # the parameters are about to be replaced
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.thaw()
+        return super()._load_from_state_dict(*args, **kwargs)
 
 
 batch_size = 1024

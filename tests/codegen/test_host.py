@@ -228,15 +228,74 @@ for space, arguments in json.loads(sys.argv[2]).items():
 """
 
 
-def test_the_operators_can_be_called(tmp_path: Path) -> None:
-    names = ("several inputs", "tuple", "indices first", "two linears", "integers", "flattened", "residual")
-    files = [varied(name) for name in (*names, "tensor cores", "float32 halves")]
-    library = library_of([*files, written(SORTED, library=True)], tmp_path)
-    arguments = {space_of(file): described(file) for file in files}
-    command = [sys.executable, "-c", _CALLS, str(library), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+NAMES = ("several inputs", "tuple", "indices first", "two linears", "integers", "flattened", "residual")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = [varied(name) for name in (*NAMES, "tensor cores", "float32 halves")]
+    return library_of([*files, written(SORTED, library=True)], tmp_path_factory.mktemp("library"))
+
+
+def called(script: str, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split("\n")[:3] == ["1 1", "3 3", "2 1"]
+    return done.stdout
+
+
+def test_the_operators_can_be_called(library: Path) -> None:
+    files = [varied(name) for name in (*NAMES, "tensor cores", "float32 halves")]
+    arguments = {space_of(file): described(file) for file in files}
+    assert called(_CALLS, library, json.dumps(arguments)).split("\n")[:3] == ["1 1", "3 3", "2 1"]
+
+
+# The class of a file: which of its operators run, in eager mode and compiled, before, while and after it is frozen.
+_FREEZE = """
+import sys
+import torch
+from fusewright.capture import model_file
+
+def ran(call):
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    return {e.name.split("::")[1] for e in profile.function_events if e.name.startswith("fusewright_")}
+
+def infer(call, batch):
+    with torch.no_grad():
+        return call(torch.ones(batch, 2048))
+
+def train(call):
+    call(torch.ones(8, 2048)).sum().backward()
+
+torch.ops.load_library(sys.argv[1])
+torch.cuda.synchronize = lambda device: None
+model = model_file.load(sys.argv[2], names=("ModelNew",)).build(0)
+compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+for _ in range(2):
+    for call in (model, compiled):
+        assert ran(lambda: infer(call, 8)) == {"fused"}
+        assert ran(lambda: train(call)) >= {"forward", "backward"}
+    assert ran(model.freeze) == {"split"}
+    for call in (model, compiled):
+        for batch in (8, 12, 3):
+            assert ran(lambda: infer(call, batch)) == {"frozen"}
+        assert infer(call, 5).shape == (5, 1024)
+        try:
+            train(call)
+        except RuntimeError as error:
+            assert "call it under torch.no_grad(), or call its method thaw()" in str(error), error
+        else:
+            raise AssertionError("a frozen model has gradients")
+    model.thaw()
+print("done")
+"""
+
+
+def test_a_model_freezes_and_thaws(library: Path, tmp_path: Path) -> None:
+    path = tmp_path / "written.py"
+    path.write_text(varied("float32 halves").text)
+    out = called(_FREEZE, library, path)
+    assert out.count(f"keeps {4 * (1024 * 2048 + 1024 + 2048 + 1):,} bytes") == 2 and out.endswith("done\n")
 
 
 SORTED = model("""

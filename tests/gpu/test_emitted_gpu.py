@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +26,18 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module", params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFile, torch.dtype]:
     """The file for the whole example; `optimize` verifies it on the way."""
-    out = tmp_path_factory.mktemp("written") / "model_new.py"
-    name = str(request.param).removeprefix("torch.")
-    result = CliRunner().invoke(app, ["optimize", str(EXAMPLE), "-o", str(out), "--dtype", name])
+    return _written(tmp_path_factory, request.param), request.param
+
+
+def _written(factory: pytest.TempPathFactory, dtype: torch.dtype, *options: str) -> ModelFile:
+    out = factory.mktemp("written") / "model_new.py"
+    name = str(dtype).removeprefix("torch.")
+    result = CliRunner().invoke(app, ["optimize", str(EXAMPLE), "-o", str(out), "--dtype", name, *options])
     print(result.output)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0
-    return model_file.load(out, names=("ModelNew",)), request.param
+    return model_file.load(out, names=("ModelNew",))
 
 
 def _pair(written: tuple[ModelFile, torch.dtype], seed: int = 42) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -136,3 +143,72 @@ def test_double_backward_is_refused(written: tuple[ModelFile, torch.dtype]) -> N
     (first,) = torch.autograd.grad(candidate(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         first.sum().backward()
+
+
+# ---- frozen
+
+
+@pytest.fixture(scope="module")
+def freezable(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an H100 or H200, where float32 weights are split")
+    return _written(tmp_path_factory, torch.float32, "--no-verify")
+
+
+def _splits(call: Callable[[], torch.Tensor]) -> int:
+    """How many matrices are split in a call: kernels are named after it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = [m for e in profile.events() if (m := re.search(r"\bsplit_(\d)_f16x2\b", e.name))]
+    return sum(int(m[1]) for m in found)
+
+
+def test_frozen_results_are_the_same_bits(freezable: ModelFile, capsys: pytest.CaptureFixture[str]) -> None:
+    model = freezable.build(42).to("cuda")
+    inputs = [torch.randn(batch, 8192, device="cuda") for batch in (1, 7, 300, 1024, 0)]
+    inputs[2][5] *= 2.0**70  # beyond what halves hold
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        assert _splits(lambda: model(inputs[2])) == 2
+        before = torch.cuda.memory_allocated()
+        assert model.freeze() is model
+        kept = torch.cuda.memory_allocated() - before
+        assert 0 <= kept - 4 * (8192 * 8192 + 8192 + 8192 + 1) < 4096
+        assert "keeps 268,500,996 bytes" in capsys.readouterr().out
+        assert _splits(lambda: model(inputs[2])) == 1
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for x, y in zip(inputs, expected, strict=True):
+            assert torch.equal(model(x), y) and torch.equal(compiled(x), y)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert torch.equal(model(inputs[3]), expected[3])
+        torch.cuda.synchronize()
+
+
+def test_frozen_parameters_change_between_thawing_and_freezing(freezable: ModelFile) -> None:
+    model = freezable.build(42).to("cuda")
+    other = {name: 2 * value for name, value in model.state_dict().items()}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(64, 8192, device="cuda")
+    with torch.no_grad():
+        compiled(x)
+        first = model.freeze()(x)
+        assert torch.equal(compiled(x), first)
+        model.gemm.weight.mul_(2)  # what was promised not to happen
+        stale = model(x)
+        fresh = copy.deepcopy(model).thaw()(x)
+        assert not torch.equal(stale, fresh)
+        assert torch.equal(model.freeze()(x), fresh) and torch.equal(compiled(x), fresh)
+        model.load_state_dict(other)
+        doubled = model(x)
+        assert not torch.equal(doubled, fresh) and torch.equal(compiled(x), doubled)
+
+
+def test_frozen_calls_have_no_gradients(freezable: ModelFile) -> None:
+    model = freezable.build(42).to("cuda").freeze()
+    x = torch.randn(64, 8192, device="cuda")
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad\(\), or call its method thaw\(\)"):
+            call(x)
+    model.thaw()(x).sum().backward()
+    assert model.gemm.weight.grad is not None

@@ -22,15 +22,17 @@ from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_functio
 from fusewright.errors import CannotCapture, NoKernel, UnsupportedDtype
 from fusewright.fusion.plan import View
 from fusewright.runtime.nvrtc import DEVICE_CODE
+from fusewright.tools import freeze
 from fusewright.tools.model_source import ModelSource, split
 from fusewright.tools.planned import Planned, plan_model
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """The plans behind a written file, and its text."""
+    """The plans behind a written file, and its text. frozen: the plans that `freeze` adds, if there is what to keep."""
 
     planned: tuple[Planned, ...]
+    frozen: tuple[Planned, ...]
     text: str
 
 
@@ -60,7 +62,9 @@ def emit(
             'or run the model in process: torch.compile(model, backend="fusewright")'
         )
     made_for = chip.arch if dtype is None else f"{chip.arch}, model and inputs cast to {str(dtype).split('.')[1]}"
-    return Emitted(planned, _file(file, model, captured, planned, chip, made_for))
+    source = split(file.source, file.tree)
+    added = freeze.graphs(planned[0], captured, model, source, chip)
+    return Emitted(planned, added, _file(file, model, captured, source, planned, added, chip, made_for))
 
 
 # ---- the file
@@ -70,11 +74,12 @@ def _file(
     file: ModelFile,
     model: nn.Module,
     captured: CapturedModel,
+    source: ModelSource,
     planned: Sequence[Planned],
+    added: Sequence[Planned],
     chip: Chip,
     made_for: str,
 ) -> str:
-    source = split(file.source, file.tree)
     for expression in captured.arguments:
         if expression and re.split(r"\W", expression)[0] not in (*source.arguments, *vars(file.module)):
             raise CannotCapture(
@@ -82,8 +87,9 @@ def _file(
                 "make it a buffer, an input or a plain Python number"
             )
     kernels = Kernels()
-    functions = [HostPrinter(_function(p), p.plan, p.programs, kernels, p.name == "backward").print() for p in planned]
-    cuda = f"{_cuda_source(kernels, functions, planned, captured)}\n\n{_registration(planned)}"
+    every = (*planned, *added)
+    functions = [HostPrinter(_function(p), p.plan, p.programs, kernels, p.name == "backward").print() for p in every]
+    cuda = f"{_cuda_source(kernels, functions, every, captured)}\n\n{_registration(every)}"
     digest = hashlib.sha256(cuda.encode()).hexdigest()[:12]
     space = f"fusewright_{re.sub(r'[^0-9A-Za-z_]', '_', file.path.stem)}_{digest}"
     generated = _GENERATED.format(
@@ -95,8 +101,9 @@ def _file(
         imports=_imports(source.before),
         **_build(planned, chip),
     )
-    forward = _forward(model, captured, space, source)
-    return f"{source.before.rstrip()}\n\n{generated}\n\n{source.head}{forward}{source.tail}{source.after}"
+    forward = _forward(model, captured, space, source, added)
+    body = f"{source.head}{forward}{freeze.methods(added, captured, space, source)}{source.tail}"
+    return f"{source.before.rstrip()}\n\n{generated}\n\n{body}{source.after}"
 
 
 def _imports(before: str) -> str:
@@ -179,6 +186,8 @@ _TITLES = {
     "fusewright_fused": "inference",
     "fusewright_forward": "forward, in training: also stores what backward needs",
     "fusewright_backward": "backward",
+    "fusewright_split": "freeze: the halves of parameters",
+    "fusewright_frozen": "inference with halves of parameters that are there",
 }
 
 
@@ -221,10 +230,14 @@ def _host_text(functions: Sequence[str], planned: Sequence[Planned], captured: C
     if "launch_clusters(" in calls:
         parts.append(_text("emitted_cluster.hpp"))
     parts += [*functions, *metas]
-    if len(planned) == 3:
-        parts.append(_autograd(planned, captured))
+    if _trains(planned):
+        parts += [_autograd(planned, captured), *(freeze.autograd(p.plan) for p in planned if p.name == "frozen")]
         includes.append("torch/csrc/autograd/custom_function.h")
     return "\n\n".join(part.strip() for part in parts), includes
+
+
+def _trains(planned: Sequence[Planned]) -> bool:
+    return any(p.name == "backward" for p in planned)
 
 
 def _text(name: str) -> str:
@@ -247,15 +260,16 @@ def _registration(planned: Sequence[Planned]) -> str:
     for key, suffix in (("CUDA", ""), ("Meta", "_meta")):
         lines = "\n".join(f'    library.impl("{n}", fusewright_{n}{suffix});' for n in names)
         parts.append(f"TORCH_LIBRARY_IMPL(FUSEWRIGHT_NAMESPACE, {key}, library) {{\n{lines}\n}}")
-    if len(planned) == 3:
-        lines = "\n".join(f'    library.impl("{n}", {n}_autograd);' for n in ("fused", "backward"))
+    if _trains(planned):
+        differentiated = [n for n in names if n in ("fused", "backward", "frozen")]
+        lines = "\n".join(f'    library.impl("{n}", {n}_autograd);' for n in differentiated)
         parts.append(f"TORCH_LIBRARY_IMPL(FUSEWRIGHT_NAMESPACE, Autograd, library) {{\n{lines}\n}}")
     return "\n\n".join(parts)
 
 
 def _autograd(planned: Sequence[Planned], captured: CapturedModel) -> str:
     """The autograd function: the forward graph, what it saves, and the backward graph."""
-    inference, forward, backward = planned
+    inference, forward, backward = planned[:3]
     inputs = [b.name for b in tensor_inputs(inference.plan)]
     parameters = ", ".join(f"const at::Tensor& {n}" for n in inputs)
     count = len(forward.graph.outputs)
@@ -299,10 +313,14 @@ def _braced(items: Sequence[str]) -> str:
 # ---- the class
 
 
-def _forward(model: nn.Module, captured: CapturedModel, space: str, source: ModelSource) -> str:
+def _forward(
+    model: nn.Module, captured: CapturedModel, space: str, source: ModelSource, added: Sequence[Planned]
+) -> str:
     """The body of `forward`: checks the constants that the kernels were made for, calls the operator."""
     arguments = ", ".join(e for e in captured.arguments if e is not None)
-    call = f"torch.ops.{space}.fused({arguments})"
+    calls = {"fused": f"torch.ops.{space}.fused({arguments})"}
+    if added:
+        calls["frozen"] = f"torch.ops.{space}.frozen({arguments}, *{source.arguments[0]}._halves)"
     lines = []
     constants = _constants(model)
     if constants:
@@ -312,9 +330,14 @@ def _forward(model: nn.Module, captured: CapturedModel, space: str, source: Mode
         lines += [f"if {_listed(names)} != {_listed(values)}:", f"    raise ValueError({message})"]
     result = captured.result
     if isinstance(result, OutputIndex) and captured.outputs == 1:
-        lines.append(f"return {call}")
+        given = {name: f"return {call}" for name, call in calls.items()}
     else:
-        lines.append(f"out = {call}" if captured.outputs > 1 else f"out = ({call},)")
+        given = {name: f"out = {call}" if captured.outputs > 1 else f"out = ({call},)" for name, call in calls.items()}
+    if added:
+        lines += [f"if {source.arguments[0]}._halves:", f"    {given['frozen']}", "else:", f"    {given['fused']}"]
+    else:
+        lines.append(given["fused"])
+    if not given["fused"].startswith("return"):
         lines.append(f"return {_structure(result)}")
     return "".join(f"{source.indent}{line}\n" for text in lines for line in text.split("\n"))
 

@@ -15,14 +15,15 @@ class ModelSource:
     """A model file's text, in which `Model` is called `ModelNew`, without what `forward` computes.
 
     before: up to the class. head: the class up to the end of `forward`'s signature and docstring. tail: the rest of the
-    class. after: what follows it. indent: of the statements of `forward`. arguments: the names that it takes, `self`
-    first.
+    class. after: what follows it. outer, indent: before `def forward`, and of its statements. arguments: the names that
+    it takes, `self` first.
     """
 
     before: str
     head: str
     tail: str
     after: str
+    outer: str
     indent: str
     arguments: tuple[str, ...]
 
@@ -47,7 +48,8 @@ def split(source: str, tree: ast.Module) -> ModelSource:
     taken = forward.args
     names = [*taken.posonlyargs, *taken.args, taken.vararg, *taken.kwonlyargs, taken.kwarg]
     arguments = tuple(a.arg for a in names if a is not None)
-    return ModelSource("".join(lines[:start]), head, "".join(lines[end:stop]), "".join(lines[stop:]), indent, arguments)
+    before, tail, after = ("".join(part) for part in (lines[:start], lines[end:stop], lines[stop:]))
+    return ModelSource(before, head, tail, after, _indent(lines[forward.lineno - 1]), indent, arguments)
 
 
 def _signature(forward: ast.FunctionDef, lines: list[str]) -> tuple[int, str, str]:

@@ -18,6 +18,7 @@ from fusewright.capture.model import CapturedModel, capture
 from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.capture.without_gpu import without_gpu
 from fusewright.chip import Chip
+from fusewright.codegen.launch import LaunchSpec
 from fusewright.errors import CannotCapture, FusewrightError, WrongResult
 from fusewright.kernels.choose import capabilities
 from fusewright.runtime.nvrtc import compile_all
@@ -80,7 +81,7 @@ def optimize(request: Request, console: Console) -> Written:
         emitted = emit(file, instance.model, captured, request.chip, library=request.library, dtype=request.dtype)
     explanation = _explained(request.path, instance, emitted.planned, request.chip, console)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
-        kernels = compiled(emitted.planned, request.chip)
+        kernels = compiled((*emitted.planned, *emitted.frozen), request.chip)
     console.print(kernel_table(kernels, request.chip))
     if torch.cuda.is_available():
         check = _verify_and_write(request, emitted.text, console)
@@ -144,12 +145,15 @@ def header(path: Path, instance: Instance, chip: Chip) -> dict[str, Any]:
 
 
 def compiled(planned: tuple[Planned, ...], chip: Chip) -> list[KernelRow]:
-    """Compiles every kernel; what each uses. Raises CompileError."""
-    launches = [(p, launch) for p in planned for program in p.programs.values() for launch in program.launches]
-    cubins = compile_all([launch.source for _, launch in launches], chip.arch)
+    """Compiles every kernel; what each uses, under the first graph that launches it. Raises CompileError."""
+    kernels: dict[tuple[str, str], tuple[str, LaunchSpec]] = {}
+    for p in planned:
+        for launch in (launch for program in p.programs.values() for launch in program.launches):
+            graph = {"fused": "inference"}.get(p.name, p.name)
+            kernels.setdefault((launch.kernel, launch.source), (graph, launch))
+    cubins = compile_all([launch.source for _, launch in kernels.values()], chip.arch)
     rows = []
-    for (p, launch), cubin in zip(launches, cubins, strict=True):
-        graph = {"fused": "inference"}.get(p.name, p.name)
+    for (graph, launch), cubin in zip(kernels.values(), cubins, strict=True):
         used = cubin.resources.get(launch.kernel)
         if used is None:
             rows.append(KernelRow(graph, launch.kernel, None, None, None))

@@ -1,0 +1,138 @@
+"""What `freeze` adds to a written file: fp16 halves of float32 parameters, kept from one call to the next.
+
+The product kernels and what they read are those of inference, so results are the same bits. What is left out is the
+split of the parameters in each call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from fusewright.capture.model import CapturedModel
+from fusewright.chip import Chip
+from fusewright.codegen.host import result_type, tensor_inputs
+from fusewright.fusion.plan import Encode, FusionPlan, Step, View
+from fusewright.kernels.split_f16 import encode_program
+from fusewright.tools.model_source import ModelSource
+from fusewright.tools.planned import Planned
+
+# What the class gets. A model that has one of these already keeps its own, and gets none.
+_NAMES, _OVERRIDDEN = ("freeze", "thaw", "_halves"), ("_apply", "_load_from_state_dict")
+
+
+def graphs(
+    inference: Planned, captured: CapturedModel, model: nn.Module, source: ModelSource, chip: Chip
+) -> tuple[Planned, ...]:
+    """Two more graphs, where calls split parameters: `split`, which returns their halves, and `frozen`, inference that
+    takes those after its other arguments."""
+    if any(hasattr(model, n) for n in _NAMES) or any(n in vars(type(model)) for n in _OVERRIDDEN):
+        return ()
+    plan = inference.plan
+    parameters = {
+        name
+        for name, expression in zip(plan.inputs, captured.arguments, strict=True)
+        if isinstance(name, str) and re.split(r"\W", expression or "")[0] == source.arguments[0]
+    }
+    kept: list[Encode] = []
+    steps: list[Step] = []
+    programs = dict(inference.programs)
+    for step in plan.steps:
+        if not isinstance(step, Encode):
+            steps.append(step)
+            continue
+        left = []
+        for matrix, result in zip(step.matrices, step.results, strict=True):
+            if matrix.buffer in parameters:
+                kept.append(replace(step, name=f"{step.name}_{result.buffer}", matrices=(matrix,), results=(result,)))
+            else:
+                left.append((matrix, result))
+        if left:
+            matrices, results = zip(*left, strict=True)
+            steps.append(replace(step, matrices=matrices, results=results))
+            programs[step.name] = encode_program(steps[-1], chip)  # type: ignore[arg-type]
+    if not kept:
+        return ()
+    halves = [plan.buffers[name] for step in kept for name in step.writes()]
+    split = FusionPlan(
+        inputs=tuple(dict.fromkeys(name for step in kept for name in step.reads())),
+        outputs=tuple(View(b.name, b.shape, b.stride) for b in halves),
+        buffers=plan.buffers,
+        steps=tuple(kept),
+        refusals=(),
+    )
+    taking = replace(plan, inputs=(*plan.inputs, *(b.name for b in halves)), steps=tuple(steps))
+    return (
+        replace(inference, name="split", plan=split, programs={s.name: encode_program(s, chip) for s in kept}),
+        replace(inference, name="frozen", plan=taking, programs=programs),
+    )
+
+
+def autograd(plan: FusionPlan) -> str:
+    """The C++ that refuses gradients, then runs `frozen`. plan: its own."""
+    inputs = tensor_inputs(plan)
+    return (
+        (Path(__file__).parent / "emitted_frozen.hpp")
+        .read_text()
+        .format(
+            type=result_type(sum(isinstance(o, View) for o in plan.outputs), False),
+            parameters=", ".join(f"const at::Tensor& {b.name}" for b in inputs),
+            names=", ".join(b.name for b in inputs),
+            any_grad=" || ".join(f"{b.name}.requires_grad()" for b in inputs if b.dtype.is_floating_point),
+        )
+    )
+
+
+def methods(added: Sequence[Planned], captured: CapturedModel, space: str, source: ModelSource) -> str:
+    """The text of the methods, which follows `forward`; empty where nothing is kept."""
+    if not added:
+        return ""
+    split = added[0].plan
+    names = [b.name for b in tensor_inputs(added[1].plan)]
+    expressions = dict(zip(names, (e for e in captured.arguments if e is not None), strict=False))
+    this = source.arguments[0]
+    call = f"torch.ops.{space}.split({', '.join(expressions[b.name] for b in tensor_inputs(split))})"
+    text = _METHODS.format(this=this, call=call if len(split.outputs) > 1 else f"({call},)")
+    unit = source.indent.removeprefix(source.outer)
+
+    def indented(line: str) -> str:
+        depth = (len(line) - len(line.lstrip(" "))) // 4
+        return f"{source.outer}{unit * depth}{line.lstrip(' ')}" if line else ""
+
+    return "\n" + "".join(f"{indented(line)}\n" for line in text.strip("\n").split("\n"))
+
+
+_METHODS = '''
+# Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
+_halves = ()
+
+def freeze({this}):
+    """For inference: splits the parameters into fp16 halves now, and no more in each call. Returns the model.
+
+    Prints the memory that the halves take. Results stay the same, bit for bit. Until `thaw`, a call cannot have
+    gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
+    """
+    with torch.no_grad():
+        {this}._halves = {call}
+    torch.cuda.synchronize({this}._halves[0].device)  # whichever stream reads them
+    size = sum(halves.numel() * halves.element_size() for halves in {this}._halves)
+    print(f"freeze: keeps {{size:,}} bytes on the GPU, beside the parameters")
+    return {this}
+
+def thaw({this}):
+    """Forgets what `freeze` keeps: the parameters may change, and calls have gradients. Returns the model."""
+    {this}._halves = ()
+    return {this}
+
+def _apply({this}, *args, **kwargs):
+    {this}.thaw()  # the parameters are about to be replaced
+    return super()._apply(*args, **kwargs)
+
+def _load_from_state_dict({this}, *args, **kwargs):
+    {this}.thaw()
+    return super()._load_from_state_dict(*args, **kwargs)
+'''
