@@ -7,26 +7,35 @@ tells NVRTC's compiler what the host's compiler knows anyway.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusewright import compiler
+from fusewright.capture.fx import from_fx
+from fusewright.chip import CHIPS
 from fusewright.codegen.launch import BufferArg, LaunchSpec, SizeArg, TensorMapArg
 from fusewright.errors import FusewrightError
 from fusewright.ir.encoding import Halves
+from fusewright.kernels.choose import candidates
+from fusewright.kernels.gemm_sm90 import HalfProducts
+from fusewright.runtime.executable import Executable
+from fusewright.runtime.target import Run, SimulatorTarget
 from fusewright.simulator.simulate import Simulator
 from fusewright.simulator.toolchain import DEVICE_CODE
 from kernels import launch
 
 SYNCHRONISES = re.compile(
-    r"(?:__syncthreads(?P<value>_or|_and|_count)?|__syncwarp|__threadfence\w*|named_barrier_\w+|copy_async_(?:wait|commit)"
-    r"|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync|tensor_store_(?:commit|wait\w*))(?:<[^<>;]*>)?\((?P<arguments>[^;{}]*)\)(?=;)"
+    r"\b(?:__syncthreads(?P<value>_or|_and|_count)?|__syncwarp|__threadfence\w*|named_barrier_\w+"
+    r"|copy_async_(?:wait|commit)|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync"
+    r"|tensor_store_(?:commit|wait\w*))(?:<[^<>;]*>)?\("
 )
-DEFINITIONS_ONLY = {"async.cuh", "sm90.cuh", "sm90_ptx.cuh"}
+DEFINITIONS_ONLY = {"async.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
 
 
 @dataclass(frozen=True)
@@ -41,20 +50,25 @@ class Mutant:
         return f"{self.file}:{self.line}"
 
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
-    source = path.read_text()
+def mutants_of(file: str, source: str) -> Iterator[Mutant]:
+    """The statements of a file, and the barriers whose value is used: of those the thread's own share is left."""
     code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), source)
     for found in SYNCHRONISES.finditer(code):
-        left = f"({found['arguments']})" if found["value"] else ""
-        text = source[: found.start()] + left + source[found.end() :]
-        yield Mutant(path.name, source.count("\n", 0, found.start()) + 1, text)
+        depth, end = 1, found.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(code[end], 0)
+            end += 1
+        if not found["value"] and code[end] != ";":
+            continue  # a definition
+        left = source[found.end() - 1 : end] if found["value"] else ""
+        yield Mutant(file, source.count("\n", 0, found.start()) + 1, source[: found.start()] + left + source[end:])
 
 
 def simulated_files() -> list[Path]:
     return [path for path in sorted(DEVICE_CODE.glob("*.cuh")) if path.name not in DEFINITIONS_ONLY]
 
 
-MUTANTS = [mutant for path in simulated_files() for mutant in mutants_of(path)]
+MUTANTS = [mutant for path in simulated_files() for mutant in mutants_of(path.name, path.read_text())]
 
 
 # ---- What runs each file's kernels, on shapes just large enough to need every barrier -------------------------------
@@ -92,21 +106,22 @@ struct Epilogue {
     __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&sums)[V]) const {
         fusewright::store_vector(out + m * N + n, sums, count);
     }
+    __device__ __forceinline__ void prefetch(int64_t n, int count) const {}
 };
-using Gemm = fusewright::GemmSkinny<float, float, 8, fusewright::Major::K>;
-static_assert(Gemm::kSharedBytes == 81920);
+using Gemm = fusewright::GemmSkinny<float, 1, 1, fusewright::Major::K>;
+static_assert(Gemm::kSharedBytes == 98304);
 extern "C" __global__ void gemm_skinny(const float* a, const float* b, float* out, int64_t m, int64_t n, int64_t k) {
-    Gemm::run(a, k, b, k, m, n, k, k, Epilogue{out, n});
+    Gemm::run(a, k, b, k, m, n, k, Epilogue{out, n});
 }
 """
 
 
 def gemm_skinny(simulator: Simulator) -> None:
-    """Two panels of k, and more steps than the ring has stages."""
-    m, n, k = 5, 32, 600
+    """More steps than the ring has stages."""
+    m, n, k = 5, 12, 1300
     a, b, out = torch.randn(m, k), torch.randn(n, k), torch.zeros(m, n)
-    (kernel,) = simulator.load([launch(GEMM_SKINNY, 256, 81920)], schedules=3)
-    kernel([a, b, out, m, n, k], (1,))
+    (kernel,) = simulator.load([launch(GEMM_SKINNY, 256, 98304)], schedules=3)
+    kernel([a, b, out, m, n, k], (2,))
     torch.testing.assert_close(out.double(), a.double() @ b.double().t(), rtol=1e-4, atol=1e-4)
 
 
@@ -292,6 +307,68 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, BaseExcep
 @pytest.mark.parametrize("mutant", [str(mutant) for mutant in MUTANTS])
 def test_every_deletion_is_noticed(outcomes: Mapping[str, BaseException | None], mutant: str) -> None:
     error = outcomes[mutant]
+    print(f"{mutant} → {type(error).__name__}: {error}".splitlines()[0])
     assert error is not None, f"{mutant} was deleted, and nothing failed"
     # A mutant that does not compile proves nothing.
     assert "could not compile" not in str(error), str(error)
+
+
+# ---- Generated code -------------------------------------------------------------------------------------------------
+
+GENERATORS = {"kernels/split_f16.py"}  # whose text has barriers of its own
+
+
+class Always(HalfProducts):
+    """Reads halves whatever would be faster."""
+
+    def gain(self, m: float, n: float, k: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Replacing(SimulatorTarget):
+    """Runs `text` in the place of `source`."""
+
+    source: str = ""
+    text: str = ""
+
+    def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
+        runs = super().load(launches)  # compiled once, whatever is replaced
+        for i, original in enumerate(launches):
+            if original.source == self.source:
+                runs[i : i + 1] = super().load([replace(original, source=self.text)])
+        return runs
+
+
+def test_every_generator_of_barriers_is_run() -> None:
+    package = DEVICE_CODE.parent
+    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if SYNCHRONISES.search(p.read_text())}
+    assert found == GENERATORS
+
+
+def test_every_deletion_from_generated_code_is_noticed() -> None:
+    """A product of halves, of which a row must be computed again: in several tiles, all by one block."""
+    torch.manual_seed(0)
+    x, w = torch.randn(24, 136), torch.randn(136, 300)
+    x[3] *= 2.0**60
+    chip = replace(CHIPS["sm_90a"], multiprocessors=1)
+    plan = compiler.plan(from_fx(make_fx(lambda a, b: [a @ b])(x, w)), (), Always(chip, True, library=False))
+    programs = {n: p[0] for n, p in candidates(plan, chip, library=False, tensor_maps=True).items()}
+
+    def error(source: str = "", text: str = "") -> BaseException | None:
+        target = Replacing(chip, 1, source, text)
+        try:
+            (found,) = Executable(plan, programs, target, torch.device("cpu"))(x, w)
+            torch.testing.assert_close(found.double(), x.double() @ w.double(), rtol=1e-4, atol=1e-4)
+        except (FusewrightError, AssertionError) as caught:
+            return caught
+        return None
+
+    assert error() is None
+    specs = [spec for program in programs.values() for spec in program.launches]
+    mutants = [(s.source, m) for s in specs for m in mutants_of(s.kernel, s.source)]
+    assert len(mutants) == 2
+    for source, mutant in mutants:
+        caught = error(source, mutant.text)
+        print(mutant, "→", type(caught).__name__, str(caught).partition("\n")[0])
+        assert caught is not None and "could not compile" not in str(caught), str(mutant)
