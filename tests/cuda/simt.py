@@ -1,4 +1,4 @@
-"""Launches of GemmSimt, Pointwise and ColumnSum, with sources as a code generator would write them."""
+"""Launches of GemmSimt, Pointwise and ColumnSum, as a code generator would write them, and the epilogue of products."""
 
 from __future__ import annotations
 
@@ -11,6 +11,34 @@ from fusewright.codegen.launch import BufferArg, LaunchSpec, SizeArg
 
 SIZE = SizeArg(0)
 INCLUDES = {"__half": "#include <cuda_fp16.h>\n", "__nv_bfloat16": "#include <cuda_bf16.h>\n"}
+
+# Of a product: out = max(sums + bias, 0), and the bits of what is positive: [M, ceil(N / 8)] bytes.
+EPILOGUE = """struct Epilogue {
+    const Accumulator* __restrict__ bias;
+    Accumulator* __restrict__ out;
+    uint8_t* __restrict__ mask;
+    int64_t N;
+
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const Accumulator (&sums)[V]) const {
+        Accumulator values[V];
+        bool positive[V];
+        fusewright::load(values, bias + n, 1, count);
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            values[i] += sums[i];
+            positive[i] = values[i] > 0;
+            if (!positive[i]) values[i] = 0;
+        }
+        if (N % V == 0)
+            fusewright::store_vector(out + m * N + n, values, count);
+        else
+            fusewright::store(out + m * N + n, 1, values, count);
+        fusewright::store_bits(mask + m * ((N + 7) / 8), n, positive, count);
+    }
+    __device__ __forceinline__ void prefetch(int64_t n, int count) const {}
+};
+"""
 
 
 @dataclass(frozen=True)
@@ -58,31 +86,7 @@ class Gemm:
 using Element = {self.element};
 using Accumulator = {self.accumulator};
 
-struct Epilogue {{
-    const Accumulator* __restrict__ bias;
-    Accumulator* __restrict__ out;
-    uint8_t* __restrict__ mask;
-    int64_t N;
-
-    template <int V>
-    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const Accumulator (&sums)[V]) const {{
-        Accumulator values[V];
-        bool positive[V];
-        fusewright::load(values, bias + n, 1, count);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {{
-            values[i] += sums[i];
-            positive[i] = values[i] > 0;
-            if (!positive[i]) values[i] = 0;
-        }}
-        if (N % V == 0)
-            fusewright::store_vector(out + m * N + n, values, count);
-        else
-            fusewright::store(out + m * N + n, 1, values, count);
-        fusewright::store_bits(mask + m * ((N + 7) / 8), n, positive, count);
-    }}
-}};
-
+{EPILOGUE}
 using fusewright::Major;
 using Gemm = fusewright::GemmSimt<Element, Accumulator, {self.tile_m}, {self.tile_n}, {self.tile_k}, \
 Major::{self.major_a}, Major::{self.major_b}, {str(self.vectorised).lower()}, {self.micro_m}, {self.micro_n}>;

@@ -50,13 +50,14 @@ class Functor:
     aligned: bool
 
 
-def functor(region: Region, width: int, *, wide: bool, partial: bool = False) -> Functor:
+def functor(region: Region, width: int, *, wide: bool, partial: bool = False, prefetch: bool = False) -> Functor:
     """Prints the functor of `region` for `width` columns a thread.
 
     wide: use accesses of several elements where strides allow, which binds the pointers to an alignment.
     partial: column sums are stored in float, one row for each split of the rows.
+    prefetch: with a method that prefetches the vectors that all rows read.
     """
-    return _Printer(region, width, wide, partial).print()
+    return _Printer(region, width, wide, partial, prefetch).print()
 
 
 @dataclass
@@ -65,6 +66,7 @@ class _Printer:
     width: int
     wide: bool
     partial: bool
+    prefetch: bool
     parameters: dict[tuple[str, str], Parameter] = field(default_factory=dict)
     names: dict[Expression, str] = field(default_factory=dict)
     aligned: bool = False
@@ -85,13 +87,13 @@ class _Printer:
         members = [f"{p.declaration};" for p in self.parameters.values()] if not sums else []
         text: list[str] = []
         call = self.method(lines, sums)
-        finish = self.finish(sums) if sums else []
+        more = [*(self.finish(sums) if sums else []), *(self.prefetching() if self.prefetch else [])]
         members = [f"{p.declaration};" for p in self.parameters.values()]
         if sums:
             members.insert(0, f"static constexpr int kColumnSums = {len(sums)};")
         text = ["struct Epilogue {", *_indent(members), "", *_indent(call)]
-        if finish:
-            text += ["", *_indent(finish)]
+        if more:
+            text += ["", *_indent(more)]
         return Functor("\n".join([*text, "};"]), tuple(self.parameters.values()), self.aligned)
 
     def method(self, lines: list[str], sums: list[ColumnSum]) -> list[str]:
@@ -252,6 +254,16 @@ class _Printer:
         self.names[expression] = name
         comment = f"  // {', '.join(expression.origin)}" if expression.origin else ""
         return f"const {C_TYPES[expression.dtype]} {name} = {text};{comment}"
+
+    def prefetching(self) -> list[str]:
+        loads = (e.access for e in walk(s.value for s in self.region.sinks) if isinstance(e, Load))
+        vectors = [a for a in loads if not a.bits and a.strides[-1] == 1 and all(s == 0 for s in a.strides[:-1])]
+        pointers = dict.fromkeys(self.pointer(a, written=False) for a in vectors)
+        return [
+            "__device__ __forceinline__ void prefetch(int64_t n, int count) const {",
+            *_indent([f"if (count > 0) fusewright::prefetch({p} + n);" for p in pointers]),
+            "}",
+        ]
 
     def finish(self, sums: list[ColumnSum]) -> list[str]:
         type = C_TYPES[sums[0].value.dtype]

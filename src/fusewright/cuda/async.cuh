@@ -1,4 +1,5 @@
-// Asynchronous copies to shared memory (cp.async) and named barriers: one instruction a function, and nothing else.
+// Asynchronous copies to shared memory (cp.async), named barriers, launches that overlap: one instruction a function,
+// and nothing else.
 // The simulator has its own version of this file.
 #pragma once
 #include "vector.cuh"
@@ -15,6 +16,9 @@ template <int Bytes> __device__ __forceinline__ void copy_async(void* shared, co
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(Bytes), "r"(count)
                      : "memory");
 }
+
+// Starts to bring the line of memory at p to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Closes the group of this thread's copies since the last one.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -33,6 +37,21 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // Arrives there for those who wait, and goes on.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// For launches that may begin before the one before them has ended (`LaunchSpec.ahead`): waits until it has, and all
+// that it wrote is there. Elsewhere, and before Hopper, there is nothing to wait for.
+__device__ __forceinline__ void launch_before_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next such launch begin once every block of this one has come here or left.
+__device__ __forceinline__ void launch_after_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 }  // namespace fusewright

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, pairwise
 
 from fusewright.chip import Chip
 from fusewright.errors import UnsupportedDtype
@@ -45,7 +46,8 @@ def candidates(
         # The format stage has decided for halves: what does not read them does not compete.
         encoded = region.gemm is not None and region.gemm.encoded is not None
         found[region.name] = _programs(region, chip, (GemmSm90(),) if encoded else families, library and not encoded)
-    return found
+    early = _early(plan)
+    return {n: programs if n in early else [_in_order(p) for p in programs] for n, programs in found.items()}
 
 
 def contenders(found: Sequence[Program]) -> list[Program]:
@@ -55,6 +57,24 @@ def contenders(found: Sequence[Program]) -> list[Program]:
         by_family.setdefault(program.family, []).append(program)
     close = [p for several in by_family.values() for p in several[:_FEW] if p.cost <= _CLOSE * several[0].cost]
     return [p for p in close if p.library or p.cost <= _HOPELESS * found[0].cost]
+
+
+def _early(plan: FusionPlan) -> set[str]:
+    """Regions whose launch may begin before the one before it has ended: that one is of the same call, and what is read
+    ahead was there before the call. What runs before a call, such as an optimizer, may have written anything."""
+    written = {name for step in plan.steps for name in step.writes()}
+    return {
+        step.name
+        for before, step in pairwise(plan.steps)
+        if isinstance(before, Region) and isinstance(step, Region) and step.gemm and step.gemm.b.buffer not in written
+    }
+
+
+def _in_order(program: Program) -> Program:
+    """The program with launches that begin when those before them have ended."""
+    if not any(launch.ahead for launch in program.launches):
+        return program
+    return replace(program, launches=tuple(replace(launch, ahead=()) for launch in program.launches))
 
 
 def _programs(region: Region, chip: Chip, own: Sequence[Family], library: bool) -> list[Program]:

@@ -1,7 +1,6 @@
 """Products of few rows, such as those of small batches: what counts is to read the weight once, at full bandwidth.
 
-Blocks split K so that they fill the chip, and leave partial sums; the rest of the region is a pointwise kernel that
-adds them in order. With one split there is one launch.
+Where the launch before it is one of the same call, such a launch begins early and reads the weight ahead.
 """
 
 from __future__ import annotations
@@ -9,65 +8,65 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 
 from fusewright.chip import Chip
 from fusewright.codegen.functor import functor
-from fusewright.codegen.launch import BufferArg, LaunchSpec, Size, SizeArg
+from fusewright.codegen.launch import BufferArg, LaunchSpec, SizeArg
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
-from fusewright.fusion.expression import Access, Accumulator, Apply, Constant, Expression, Load, Store
-from fusewright.fusion.plan import Buffer, Gemm, Region
+from fusewright.fusion.plan import Gemm, Region
 from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
-from fusewright.kernels.gemm_simt import CONFIGS, DOUBLE, DTYPES, aligned, blocks, gemm_launch, major
-from fusewright.kernels.library import accumulators, contiguous_rows, substitute
-from fusewright.kernels.pointwise import pointwise_launch
+from fusewright.kernels.gemm_simt import CONFIGS, aligned, blocks, gemm_launch, major
 
-PARTIAL = "split_sums"  # sums of each split: [splits · M, N]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 MOST_ROWS = 32  # from there on, larger tiles reuse what they read
 LEAST_BYTES = 1 << 20  # of the weight: of less, launches cost more than reading
-MOST_SPLITS = 16
 
-# Of gemm_skinny.cuh: threads, blocks of a multiprocessor, stages of the ring, lanes that share columns.
-_THREADS, _RESIDENT, _STAGES, _LANES_K = 256, 2, 4, 8
+# Of gemm_skinny.cuh: threads, columns of a thread.
+_THREADS, _VECTOR = 256, 4
 
-# Estimates, for ranking: shares of the chip's bandwidth and rate that are reached, and seconds that a launch adds.
-_BANDWIDTH, _RATE, _LAUNCH = 0.85, 0.7, 3e-6
+# Estimates, for ranking: shares of the memory's bandwidth and of the tensor cores' rate that are reached, how much more
+# the L2 cache gives than memory, how much more one multiprocessor takes than its share, and seconds that a launch adds.
+_BANDWIDTH, _RATE, _CACHE, _SHARE, _LAUNCH = 0.85, 0.3, 1.2, 2.0, 3e-6
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes. rows: template parameter of `GemmSkinny`. vector: columns of a thread."""
+    """What a block computes: template parameters of `GemmSkinny`, in tiles of 16 rows and of 8 columns."""
 
-    rows: int
-    element: torch.dtype
-    accumulator: torch.dtype
+    row_tiles: int
+    tiles: int
+    itemsize: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}×{self.columns}"
 
     @property
-    def vector(self) -> int:
-        return 16 // self.accumulator.itemsize
+    def rows(self) -> int:
+        return 16 * self.row_tiles
 
     @property
     def columns(self) -> int:
-        return _THREADS // _LANES_K * self.vector
+        return 8 * self.tiles
 
     @property
-    def step(self) -> int:
-        """k of one stage."""
-        return _LANES_K * 16 // self.element.itemsize
+    def depth(self) -> int:
+        """k of a thread's pieces."""
+        return 16 // self.itemsize
 
     @property
     def shared_bytes(self) -> int:
-        """As `GemmSkinny::kSharedBytes`: a panel of rows, and the ring."""
-        return self.rows * 2048 + _STAGES * self.vector * _THREADS * 16
+        """As `GemmSkinny::kSharedBytes`: a ring of pieces of both operands."""
+        stage = (2 * self.row_tiles + self.tiles) * _THREADS * 16
+        return min(8, 98304 // stage) * stage
 
     def line(self, layout: str) -> int:
         """Elements of B that a thread copies at once."""
-        return 16 // self.element.itemsize if layout == "K" else self.vector
+        return self.depth if layout == "K" else self.tiles
 
 
 @dataclass(frozen=True)
@@ -82,86 +81,50 @@ class GemmSkinny:
             return Refused(self.name, f"operands of {gemm.a.dtype} and {gemm.b.dtype}")
         if evaluate_typical(gemm.a.shape[0]) > MOST_ROWS:
             return Refused(self.name, f"more than {MOST_ROWS} rows")
-        tile, layout = _tile(gemm), major(gemm.b, 0)
         if major(gemm.a, 1) != "K":
             return Refused(self.name, "rows of operand a are not contiguous")
-        if layout == "Strided":
+        if major(gemm.b, 0) == "Strided":
             return Refused(self.name, "operand b has no contiguous dimension")
-        if not aligned(gemm.a, tile.vector) or not aligned(gemm.b, tile.line(layout)):
+        if not aligned(gemm.a, 16 // gemm.a.dtype.itemsize) or not _tiles(gemm):
             return Refused(self.name, "lines of an operand are not 16-byte aligned")
-        if tile.shared_bytes > chip.shared_bytes:
+        if max(tile.shared_bytes for tile in _tiles(gemm)) > chip.shared_bytes:
             return Refused(self.name, f"{chip.name} has too little shared memory")
         return None
 
     def programs(self, region: Region, chip: Chip) -> Sequence[Program]:
-        """The best few numbers of splits."""
         assert region.gemm is not None
-        tile = _tile(region.gemm)
-        most = max(1, min(MOST_SPLITS, int(evaluate_typical(region.gemm.a.shape[1])) // tile.step))
-        ranked = sorted(range(1, most + 1), key=lambda splits: _cost(region, tile, splits, chip))
-        return [_program(self.name, region, tile, splits, chip) for splits in ranked[:3]]
+        programs = [
+            Program(self.name, region, (_launch(region, tile),), cost=_cost(region, tile, chip), variant=str(tile))
+            for tile in _tiles(region.gemm)
+        ]
+        return sorted(programs, key=lambda p: p.cost)
 
 
-def _tile(gemm: Gemm) -> Tile:
-    few = evaluate_typical(gemm.a.shape[0]) <= 8 or gemm.accumulator == torch.float64
-    return Tile(8 if few else 16, gemm.a.dtype, gemm.accumulator)
-
-
-def _program(family: str, region: Region, tile: Tile, splits: int, chip: Chip) -> Program:
-    cost, variant = _cost(region, tile, splits, chip), f"{tile.rows}×{tile.columns}{' split' if splits > 1 else ''}"
-    if splits == 1:
-        return Program(family, region, (_launch(region, tile, 1, region),), cost=cost, variant=variant)
-    gemm = region.gemm
-    assert gemm is not None
-    dtype, m, n = gemm.accumulator, gemm.a.shape[0], region.columns
-    workspace = Buffer(PARTIAL, (splits * m, n), (n, 1), dtype, torch.device("meta"))
-    launches = (
-        _launch(_partial(region, 1), tile, splits, _partial(region, splits)),
-        pointwise_launch(_rest(region, splits), chip),
+def _tiles(gemm: Gemm) -> list[Tile]:
+    """Those whose copies fit the operands' lines."""
+    row_tiles, layout, size = (
+        (1 if evaluate_typical(gemm.a.shape[0]) <= 16 else 2),
+        major(gemm.b, 0),
+        gemm.b.dtype.itemsize,
     )
-    return Program(family, region, launches, (workspace,), cost, variant=variant)
+    tiles = [Tile(row_tiles, count, size) for count in (1, 2, 4)]
+    return [t for t in tiles if t.line(layout) * size >= 4 and aligned(gemm.b, t.line(layout))]
 
 
-def _partial(region: Region, splits: int) -> Region:
-    """The product alone, stored as the first split's sums; zeros for the other splits."""
+def _launch(region: Region, tile: Tile) -> LaunchSpec:
     gemm = region.gemm
     assert gemm is not None
-    m, n, dtype = gemm.a.shape[0], region.columns, gemm.accumulator
-    sinks = tuple(
-        Store(Constant(0, dtype) if s else Accumulator(dtype), Access(PARTIAL, dtype, (n, 1), s * m * n))
-        for s in range(splits)
-    )
-    return Region(f"{region.name}_partial", (m,), n, sinks, region.origins, gemm)
-
-
-def _rest(region: Region, splits: int) -> Region:
-    """The region with the sum of the splits' sums for its product."""
-    gemm = region.gemm
-    assert gemm is not None
-    dtype, elements = gemm.accumulator, gemm.a.shape[0] * region.columns
-    strides = (*contiguous_rows(region), 1)
-    loads: list[Expression] = [Load(Access(PARTIAL, dtype, strides, s * elements), dtype) for s in range(splits)]
-    total = reduce(lambda a, b: Apply("add", (a, b), dtype), loads)
-    known: dict[Expression, Expression] = dict.fromkeys(accumulators(region), total)
-    sinks = tuple(Store(substitute(s.value, known), s.access) for s in region.stores)
-    return Region(region.name, region.rows, region.columns, sinks, region.origins)
-
-
-def _launch(region: Region, tile: Tile, splits: int, otherwise: Region) -> LaunchSpec:
-    """The product in `splits`. otherwise: the region that takes its place where pointers are not aligned."""
-    gemm = region.gemm
-    assert gemm is not None
-    layout = major(gemm.b, 0)
-    element, accumulator = C_TYPES[gemm.a.dtype], C_TYPES[gemm.accumulator]
-    epilogue = functor(region, tile.vector, wide=True)
+    layout, element = major(gemm.b, 0), C_TYPES[gemm.a.dtype]
+    epilogue = functor(region, _VECTOR, wide=True, prefetch=True)
     alias = (
-        f"using Gemm = fusewright::GemmSkinny<{element}, {accumulator}, {tile.rows}, fusewright::Major::{layout}>;\n"
+        f"using Gemm = fusewright::GemmSkinny<{element}, {tile.row_tiles}, {tile.tiles}, "
+        f"fusewright::Major::{layout}>;\n"
         f"static_assert(Gemm::kThreads == {_THREADS} && Gemm::kSharedBytes == {tile.shared_bytes});"
     )
     operands = [
         *(f"const {element}* __restrict__ a", "int64_t a_row_stride"),
         *(f"const {element}* __restrict__ b", "int64_t b_line_stride"),
-        *("int64_t M", "int64_t N", "int64_t K", "int64_t k_per_split"),
+        *("int64_t M", "int64_t N", "int64_t K"),
     ]
     passed = [declaration.split()[-1] for declaration in operands]
     kernel = [
@@ -173,51 +136,59 @@ def _launch(region: Region, tile: Tile, splits: int, otherwise: Region) -> Launc
     ]
     m, k = gemm.a.shape
     n = gemm.b.shape[1]
-    size = gemm.a.dtype.itemsize
     args = (
-        BufferArg(gemm.a.buffer, gemm.a.dtype, gemm.a.offset, False, tile.vector * size),
+        BufferArg(gemm.a.buffer, gemm.a.dtype, gemm.a.offset, False, 16),
         SizeArg(gemm.a.stride[0]),
-        BufferArg(gemm.b.buffer, gemm.b.dtype, gemm.b.offset, False, tile.line(layout) * size),
+        BufferArg(gemm.b.buffer, gemm.b.dtype, gemm.b.offset, False, tile.line(layout) * tile.itemsize),
         SizeArg(gemm.b.stride[1 if layout == "K" else 0]),
-        *(SizeArg(s) for s in (m, n, k, blocks(k, splits * tile.step) * tile.step)),
+        *(SizeArg(s) for s in (m, n, k)),
         *(p.arg for p in epilogue.parameters),
     )
-    config = (DOUBLE if gemm.accumulator == torch.float64 else CONFIGS)[-1]
-    tiles: Size = blocks(m, tile.rows) * blocks(n, tile.columns)
     return LaunchSpec(
         kernel=region.name,
         source=translation_unit(("gemm_skinny.cuh", "scalar.cuh"), epilogue, alias, "\n".join(kernel)),
-        grid=(tiles, splits, 1),
+        grid=(blocks(m, tile.rows) * blocks(n, tile.columns), 1, 1),
         block=(_THREADS, 1, 1),
         args=args,
         shared_bytes=tile.shared_bytes,
         comment=comment(region),
-        unaligned=gemm_launch(otherwise, config, wide=False),
+        unaligned=gemm_launch(region, CONFIGS[-1], wide=False),
+        ahead=(gemm.b.buffer,),
     )
 
 
-def _weight_bytes(gemm: Gemm) -> float:
-    return evaluate_typical(gemm.b.shape[0]) * evaluate_typical(gemm.b.shape[1]) * gemm.b.dtype.itemsize
+def _cost(region: Region, tile: Tile, chip: Chip) -> float:
+    assert region.gemm is not None
+    m, k = (evaluate_typical(s) for s in region.gemm.a.shape)
+    return _seconds(m, evaluate_typical(region.columns), k, tile, chip)
 
 
-def _cost(region: Region, tile: Tile, splits: int, chip: Chip) -> float:
-    """Predicted seconds: what takes longer, reading the weight or computing, with the chip as full as the blocks make
-    it; then the partial sums, written and read once. Infinite for a small weight, to which this does not apply: such
-    a program is there for those who ask for its variant.
-    """
-    gemm = region.gemm
-    assert gemm is not None
-    m, k = (evaluate_typical(s) for s in gemm.a.shape)
-    n = evaluate_typical(region.columns)
-    row_blocks = -(-m // tile.rows)
-    count, together = row_blocks * -(-n // tile.columns) * splits, chip.multiprocessors * _RESIDENT
-    if not count or _weight_bytes(gemm) < LEAST_BYTES:
+def seconds(m: float, n: float, k: float, dtype: torch.dtype, chip: Chip) -> float:
+    """Predicted, of the best tile for a weight whose K is contiguous; infinite where the family does not apply."""
+    if m > MOST_ROWS or dtype not in DTYPES:
         return math.inf
-    waves = -(-count // together)
-    rate = (chip.fp64 if gemm.accumulator == torch.float64 else chip.fp32) * _RATE
+    row_tiles = 1 if m <= 16 else 2
+    return min(_seconds(m, n, k, Tile(row_tiles, tiles, dtype.itemsize), chip) for tiles in (1, 2, 4))
+
+
+def _seconds(m: float, n: float, k: float, tile: Tile, chip: Chip) -> float:
+    """Predicted: what takes longest of reading the weight, having both operands come from the L2 cache, what the
+    busiest multiprocessor reads, and the products. Infinite for a small weight, to which this does not apply: such a
+    program is there for those who ask for its variant.
+    """
+    weight = n * k * tile.itemsize
+    if weight < LEAST_BYTES or not m:
+        return math.inf
+    row_blocks = math.ceil(m / tile.rows)
+    count = row_blocks * math.ceil(n / tile.columns)
+    block = (min(m, tile.rows) + tile.columns) * k * tile.itemsize
     bandwidth = chip.bandwidth * _BANDWIDTH
-    computing = 2 * row_blocks * tile.rows * n * k / rate
-    seconds = max(_weight_bytes(gemm) / bandwidth, computing) * waves * together / count + _LAUNCH
-    if splits > 1:
-        seconds += 2 * splits * m * n * gemm.accumulator.itemsize / bandwidth + _LAUNCH
-    return float(seconds)
+    busiest = math.ceil(count / chip.multiprocessors) * chip.multiprocessors * block
+    products = 2 * row_blocks * tile.rows * n * k * (6 if tile.itemsize == 4 else 1)
+    times = (
+        row_blocks * weight / bandwidth,
+        count * block / (bandwidth * _CACHE),
+        busiest / (bandwidth * _SHARE),
+        products / (chip.fp16 * _RATE),
+    )
+    return max(times) + _LAUNCH

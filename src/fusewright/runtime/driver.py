@@ -200,12 +200,19 @@ def _config(spec: LaunchSpec) -> Any:
     config = driver.CUlaunchConfig()
     config.blockDimX, config.blockDimY, config.blockDimZ = spec.block
     config.sharedMemBytes = spec.shared_bytes
+    attributes = []
     if spec.cluster != (1, 1, 1):
         cluster = driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = spec.cluster
-        config.attrs = [cluster]
-        config.numAttrs = 1
+        attributes.append(cluster)
+    if spec.ahead:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(early)
+    config.attrs = attributes
+    config.numAttrs = len(attributes)
     return config
 
 

@@ -74,7 +74,6 @@ def _choice(found: Sequence[Program], library: bool, variant: str | None) -> Pro
 # Words that the generated code uses for something else.
 _RESERVED = {"a", "b", "m", "n", "M", "N", "K", "i", "count", "out", "rows", "cols", "rest", "split", "sums", "options"}
 _RESERVED |= {"accumulator", "wanted", "results", "guard", "batch", "default", "float", "double", "int", "register"}
-_RESERVED |= {"split_sums", "k_per_split"}
 
 
 def argument_names(captured: CapturedModel) -> list[str | None]:
