@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -284,10 +286,22 @@ extern "C" __global__ void __launch_bounds__(256) pointwise(const float* x, floa
 """
 
 
+def children_seconds() -> float:
+    """CPU time of the compilers that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_shipped_kernels_are_right_and_fast_enough() -> None:
-    """A 256 cube and a million elements, with all checks on, within 3 and 2 seconds (of CPU time on two cores)."""
-    n = 256
-    gemm, pointwise = Simulator().load([launch(GEMM, 128, 99328), launch(POINTWISE, 256)])
+    """A 256 cube and a million elements, with all checks on, within 3 and 2 seconds of two cores, after a compile of 5.
+
+    In CPU time, which other processes do not change; the simulator's runtime is there, as after any first use.
+    """
+    n, unique = 256, f"// {uuid.uuid4()}\n"  # not in the cache
+    Simulator().load([launch('extern "C" __global__ void f(float* x) {}', 1)])
+    start = children_seconds()
+    gemm, pointwise = Simulator().load([launch(unique + GEMM, 128, 99328), launch(unique + POINTWISE, 256)])
+    assert 0 < children_seconds() - start < 5
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.zeros(n, n)
     start = time.process_time()
     gemm([a, b, out, n], (4,))
