@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import aot_function, make_boxed_func
+from torch.utils.checkpoint import checkpoint
 
 from fusewright.fusion.plan import View
 from graphs import Planned, check, planned, planned_module
@@ -24,6 +25,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 SIXTH = 1e-6  # hard sigmoid: ATen multiplies by 1/6 rounded to float32
 M, K, N = 16, 12, 40
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -133,3 +139,38 @@ def test_an_input_that_the_model_overwrites_is_kept_as_it_was(stride: tuple[int,
         results.append((out.detach(), y, x.grad))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0])
+
+
+class Tower(torch.nn.Module):
+    """Each layer's result is the next one's input, and a checkpoint's result."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(K, K, dtype=torch.float64) for _ in range(3))
+        self.checkpointed = checkpointed
+
+    def block(self, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        return torch.tanh(F.gelu(layer(F.silu(layer(x)))) + x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(self.block, x, layer, use_reentrant=False) if self.checkpointed else self.block(x, layer)
+        return x
+
+
+def test_within_a_checkpoint_nothing_is_kept() -> None:
+    """Between the blocks their results are; products within are computed again, once."""
+    kept, products, found = [], [], []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Tower(checkpointed)
+        x = leaf(M, K)
+        run, record = planned_module(model)
+        found.append(torch.autograd.grad(run(x).square().sum(), [x, *model.parameters()]))
+        kept.append([tuple(b.shape) for b in saved(record)])
+        products.append(sum(n.op == "matmul" for n in record.graphs[1].nodes()))
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+    assert len(kept[0]) >= 6 and kept[1] == [(M, K)] * 3  # the last is the model's result
+    assert products == [12, 12 + 6]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fusewright.capture.lowerings import LOWERINGS, PARTS
 from fusewright.capture.metadata import size_of, type_of
@@ -151,7 +152,7 @@ class Importer:
         if computed is not None:
             products = {n for n in self.builder.made[before:] if n.op in ("matmul", "sum")}
             moved = sum(_bytes(n) for n in (node, *node.all_input_nodes))
-            origin = Origin(len(self.values), _operator_name(node.target), moved)
+            origin = Origin(len(self.values), _operator_name(node.target), moved, _checkpoint(node))
             for made in {computed, *products}:
                 self.origins[made] = self.origins.get(made, frozenset()) | {origin}
         return result
@@ -312,6 +313,12 @@ def _bind(target: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
     declared = target._schema.arguments
     given = {**dict(zip((a.name for a in declared), node.args, strict=False)), **node.kwargs}
     return {a.name: given.get(a.name, a.default_value) for a in declared}
+
+
+def _checkpoint(node: fx.Node) -> int | None:
+    """The number of the activation checkpoint by whose policy the result of a call is to be computed again."""
+    again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    return node.meta.get("ac_graph_id", 0) if node.meta.get("recompute") in again else None
 
 
 def _operator_name(target: Any) -> str:

@@ -20,6 +20,7 @@ Node kinds (`Node.op`):
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,11 +78,15 @@ class Node:
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """One operator call of the user's model that eager would launch: its place, name, and the bytes it moves."""
+    """One operator call of the user's model that eager would launch: its place, name, and the bytes it moves.
+
+    checkpoint: the number of the activation checkpoint that it belongs to: backward is to compute it again.
+    """
 
     index: int
     name: str
     bytes: Size = field(compare=False)
+    checkpoint: int | None = field(default=None, compare=False)
 
 
 Output = Node | None
@@ -270,7 +275,7 @@ def substitute(graph: Graph, sizes: Mapping[sympy.Symbol, Size]) -> Graph:
         new[node] = builder.node(node.op, [new[i] for i in node.inputs], replace(node.type), **attributes)
     outputs = tuple(None if o is None else new[o] for o in graph.outputs)
     origins = {
-        new[n]: frozenset(Origin(o.index, o.name, replace(o.bytes)) for o in found)
+        new[n]: frozenset(dataclasses.replace(o, bytes=replace(o.bytes)) for o in found)
         for n, found in graph.origins.items()
         if n in new
     }

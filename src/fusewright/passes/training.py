@@ -4,7 +4,8 @@ A minimum cut (after "Training Deep Nets with Sublinear Memory Cost" and functor
 that does not depend on a gradient costs what it takes to keep, and pointwise values can be recomputed from what is
 kept. Booleans cost one bit an element, because they are kept packed, so the gradient of a piecewise-linear activation
 keeps a mask and never the pre-activation. The roundings of 16-bit models are still in the graph, so that what is kept
-of a 16-bit model is 16-bit.
+of a 16-bit model is 16-bit. What lies within an activation checkpoint is never kept, and its products are computed
+again too; a checkpoint's result never is.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def partition(
     overwritten = {node for i, node in enumerate(joint.inputs) if i in mutated}
     late = _dependents(joint, {node for i, node in enumerate(joint.inputs) if i in tangents})
     backward_outputs = {o for o in joint.outputs[forward_outputs:] if o is not None}
-    saved = _minimum_cut(joint, late, backward_outputs, overwritten)
+    results = {base_of(o) for o in joint.outputs[:forward_outputs] if o is not None}
+    saved = _minimum_cut(joint, late, results, backward_outputs, overwritten)
     return _rebuild(joint, forward_outputs, saved, late, overwritten)
 
 
@@ -53,7 +55,9 @@ def _dependents(graph: Graph, sources: set[Node]) -> set[Node]:
     return late
 
 
-def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node], overwritten: set[Node]) -> list[Node]:
+def _minimum_cut(
+    joint: Graph, late: set[Node], results: set[Node], backward_outputs: set[Node], overwritten: set[Node]
+) -> list[Node]:
     network = networkx.DiGraph()
     network.add_nodes_from(("source", "sink"))
     early = [n for n in joint.nodes() if n not in late and n.op not in ("constant", "size")]
@@ -63,10 +67,12 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node], ove
     late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
     # What a product of the forward reads lies in memory there anyway.
     stored = {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
+    checkpointed, inner = _checkpoints(joint, results)
     for node in early:
-        store = 1.0 if node in stored else _STORE
+        store = float("inf") if node in inner else 1.0 if node in stored else _STORE
         network.add_edge((node, "in"), (node, "out"), capacity=store * _cost(node, node in overwritten))
-        if not (is_pointwise(node.op) or node.op in VIEWS or node.op == "unpack_bits" or node in late_encodings):
+        cheap = is_pointwise(node.op) or node.op == "unpack_bits" or node in late_encodings
+        if not (node.op in VIEWS or node in inner or (cheap and node not in checkpointed)):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         for source in node.inputs:
             if source.op not in ("constant", "size"):
@@ -75,6 +81,25 @@ def _minimum_cut(joint: Graph, late: set[Node], backward_outputs: set[Node], ove
             network.add_edge((node, "out"), "sink", capacity=float("inf"))
     _, (reached, _) = networkx.minimum_cut(network, "source", "sink")
     return [n for n in early if (n, "in") in reached and (n, "out") not in reached]
+
+
+def _checkpoints(joint: Graph, results: set[Node]) -> tuple[set[Node], set[Node]]:
+    """(nodes of activation checkpoints, those of them that no other part of the forward reads).
+
+    A part of an operator has no origin of its own: it belongs where its users do.
+    """
+    forward = Graph(joint.inputs, tuple(results), joint.origins)
+    numbers: dict[Node, int] = {}
+    inner: set[Node] = set()
+    for node, users in reversed(forward.users().items()):
+        around = {numbers.get(u) for u in users}
+        found = {o.checkpoint for o in joint.origins.get(node, ())} or around
+        (number, *others) = found or {None}
+        if node.op != "input" and number is not None and not others:
+            numbers[node] = number
+            if around == {number} and node not in results:
+                inner.add(node)
+    return set(numbers), inner
 
 
 def _cost(node: Node, overwritten: bool) -> float:
