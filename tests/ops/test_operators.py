@@ -70,6 +70,15 @@ def test_float64_keeps_its_precision_beside_float32() -> None:
     assert samples.problems(several, found, eager, exact) == []
 
 
+def test_log_ndtr_cancels_with_its_gradients_square() -> None:
+    """To within one rounding of x²/2, held to the exact gradient alone."""
+    x = torch.tensor([-104.0, -60.5, -31.5, -9.0, -1.5, 0.5], dtype=torch.float64, requires_grad=True)
+    several = [call("special.log_ndtr", torch.special.log_ndtr, x)]
+    exact = samples.oracle(several)
+    found = samples.evaluate(samples.compiled(several, simulate=True), several)
+    assert samples.problems(several, found, exact, exact) == []
+
+
 def test_integers_are_their_own_roundings() -> None:
     """Not by way of floating point, which does not hold them all."""
     several = [
