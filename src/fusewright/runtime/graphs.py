@@ -30,7 +30,7 @@ from fusewright.errors import CannotReplay
 from fusewright.fusion.plan import FusionPlan
 from fusewright.runtime.autotune import Tuned, executable_of
 from fusewright.runtime.executable import Executable
-from fusewright.runtime.frozen import thaws
+from fusewright.runtime.frozen import held, thaws
 
 log = logging.getLogger("fusewright")
 
@@ -184,6 +184,9 @@ class _Sized:
             self.in_place = [i for i in self.in_place if i not in self.copied]
             self.recordings.clear()
             return
+        self.recordings = {
+            p: r for p, r in self.recordings.items() if p[1] == places[1]
+        }  # thawed ones never come again
         if len(self.recordings) >= _PLACES:
             del self.recordings[next(iter(self.recordings))]
         self.recordings[places] = None
@@ -213,11 +216,12 @@ class _Sized:
         again = [isinstance(r, Tensor) and _storage(r) in inside for r in first]
         first = [None if a else r for r, a in zip(first, again, strict=True)]
         try:
-            graph, results = owner.recorder.record(owner.run, static)
+            with held() as kept:
+                graph, results = owner.recorder.record(owner.run, static)
         except RuntimeError as error:
             raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
         recording = self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
-        recording.frozen = [arguments[i] for i in owner.frozen]
+        recording.frozen = [*(arguments[i] for i in owner.frozen), *kept]
         return [m if a else r for r, a, m in zip(first, again, recording.results(arguments), strict=True)]
 
 
