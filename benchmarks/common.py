@@ -7,6 +7,7 @@ first, all at once; then each measures its models when it is told to, with the m
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -27,6 +28,9 @@ from fusewright.runtime.autotune import Tuned
 from fusewright.runtime.executable import Executable
 from fusewright.tools.comparison import GRADIENT, Judge
 from measure import Candidate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODES = ("forward", "forward+backward")
 WORKERS = 14  # each holds a CUDA context and torch's libraries
@@ -76,14 +80,22 @@ class Subject:
         self.call = self.model if self.compiled is None else torch.compile(self.model, dynamic=False, **self.compiled)
         self.y: Tensor | None = None
 
-    def training(self) -> Subject:
-        """Prepares for gradients of every input and parameter, with the same output gradient for every candidate."""
+    def training(self, gradient: Tensor | None = None) -> Self:
+        """Prepares for gradients of every input and parameter. gradient: of the output; where none is given, one is
+        drawn, the same for every candidate."""
         self.inputs = [x.detach().clone().requires_grad_() for x in self.inputs]
-        with torch.no_grad():
-            shape = self.model(*self.inputs)
-        generator = torch.Generator(shape.device).manual_seed(1)
-        self.gradient = torch.randn(shape.shape, generator=generator, device=shape.device).to(shape.dtype)
+        if gradient is None:
+            with torch.no_grad():
+                shape = self.model(*self.inputs)
+            generator = torch.Generator(shape.device).manual_seed(1)
+            gradient = torch.randn(shape.shape, generator=generator, device=shape.device).to(shape.dtype)
+        self.gradient = gradient
         return self
+
+    def exact(self) -> Subject:
+        """The same model, inputs and gradient in float64."""
+        inputs = [x.detach().double() for x in self.inputs]
+        return Subject(copy.deepcopy(self.model).double(), inputs).training(self.gradient.double())
 
     def reset(self) -> None:
         self.y = None
@@ -109,7 +121,8 @@ class Subject:
         self.reset()
         self.both()
         assert self.y is not None
-        inputs = {f"{GRADIENT}input {i}": x.grad for i, x in enumerate(self.inputs)}
+        named = inspect.signature(self.model.forward).bind(*self.inputs).arguments
+        inputs = {GRADIENT + name: x.grad for name, x in named.items()}
         grads = {GRADIENT + name: p.grad for name, p in self.model.named_parameters()}
         found = {"output": self.y.detach(), **inputs, **grads}
         return {name: t.detach().clone() for name, t in found.items() if t is not None}
@@ -117,9 +130,7 @@ class Subject:
 
 def errors(subjects: Mapping[str, Subject], eager: Subject) -> dict[str, dict[str, Any]]:
     """By candidate: the worst ratio of its errors against float64 to eager's by metric, and what is wrong, in words."""
-    exact = Subject(copy.deepcopy(eager.model).double(), [x.detach().double() for x in eager.inputs]).training()
-    oracle, theirs = exact.results(), eager.results()
-    del exact
+    oracle, theirs = eager.exact().results(), eager.results()
     found = {}
     for name, subject in subjects.items():
         judge = Judge()
@@ -129,8 +140,8 @@ def errors(subjects: Mapping[str, Subject], eager: Subject) -> dict[str, dict[st
     return found
 
 
-def kernels(run: Callable[[], Any]) -> int:
-    """How many kernels the device ran."""
+def launched(run: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that the device ran, in order."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -138,7 +149,7 @@ def kernels(run: Callable[[], Any]) -> int:
         torch.cuda.synchronize()
     noise = ("Memcpy", "Memset", "Context", "Torch-Compiled", "##")
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.is_user_annotation and not e.name.startswith(noise) for e in on_device)
+    return [e.name for e in on_device if not e.is_user_annotation and not e.name.startswith(noise)]
 
 
 class Compiled(Exception):

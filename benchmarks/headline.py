@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import common
 import measure
+from common import attempt, launched
 from fusewright.tools.comparison import Errors
 from fusewright.tools.comparison import measure as errors_of
 from measure import Candidate, Headline
@@ -38,89 +40,51 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Subject:
-    """One candidate: a model with its own input and gradients."""
-
-    model: nn.Module
-    call: Callable[[Tensor], Tensor]
-    x: Tensor
-    gradient: Tensor
-
-    def __post_init__(self) -> None:
-        self.x = self.x.clone().requires_grad_()
-        self.y: Tensor | None = None
-
-    def reset(self) -> None:
-        self.x.grad = self.y = None
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.call(self.x)
-
-    def both(self) -> None:
-        self.y = self.call(self.x)
-        self.y.backward(self.gradient)
+class Subject(common.Subject):
+    """A candidate of which backward is timed alone, too."""
 
     def half_way(self) -> None:
         self.reset()
-        self.y = self.call(self.x)
+        self.y = self.call(*self.inputs)
 
     def backward(self) -> None:
         assert self.y is not None
         self.y.backward(self.gradient)
 
     def candidate(self, mode: str) -> Candidate:
-        if mode == "forward":
-            return Candidate(self.forward, self.reset)
-        return Candidate(self.backward, self.half_way) if mode == "backward" else Candidate(self.both, self.reset)
-
-    def results(self) -> dict[str, Tensor]:
-        self.reset()
-        self.both()
-        assert self.y is not None
-        grads = {f"gradient of {name}": p.grad for name, p in self.model.named_parameters()}
-        return {"output": self.y.detach(), "gradient of x": self.x.grad, **grads}
+        return Candidate(self.backward, self.half_way) if mode == "backward" else super().candidate(mode)
 
 
-def subjects(dtype: torch.dtype, names: list[str]) -> dict[str, Subject]:
-    torch.manual_seed(0)
-    model = Headline(INPUTS, OUTPUTS).to("cuda", dtype)
-    x, gradient = (torch.randn(BATCH, n, device="cuda").to(dtype) for n in (INPUTS, OUTPUTS))
-    found = {"eager": Subject(model, model, x, gradient)}
-    for name in names:
-        own = measure.separate(copy.deepcopy(model))
-        found[name] = Subject(own, torch.compile(own, **COMPILED[name]), x, gradient)
-    return found
+def subjects(model: Headline, compiled: Mapping[str, Mapping[str, Any]]) -> dict[str, Subject]:
+    """Eager and one for each of `compiled`, arguments of torch.compile, with equal inputs and gradients."""
+    like = next(model.parameters())
+    x, gradient = (torch.randn(BATCH, n, device=like.device).to(like.dtype) for n in (INPUTS, OUTPUTS))
+    every = {"eager": None, **compiled}
+    return {name: Subject(model, [x], options).training(gradient) for name, options in every.items()}
 
 
 def one_dtype(dtype: torch.dtype, names: list[str], trials: int, rates: dict[str, float]) -> dict[str, Any]:
     torch._dynamo.reset()
-    every = subjects(dtype, names)
+    torch.manual_seed(0)
+    every = subjects(Headline(INPUTS, OUTPUTS).to("cuda", dtype), {name: COMPILED[name] for name in names})
     report: dict[str, Any] = {"modes": {}, "families": {}, "kernels": {}, "errors": {}}
-    oracle = _oracle(every["eager"])
+    oracle = every["eager"].exact().results()
     eager_errors = _errors(every["eager"].results(), oracle)
     for name, subject in every.items():
         with measure.recorded() as built:
-            report["errors"][name] = _attempt(
+            report["errors"][name] = attempt(
                 lambda s=subject, o=oracle, e=eager_errors: _ratios(_errors(s.results(), o), e)
             )
-            _attempt(subject.forward)
+            attempt(subject.forward)
         report["families"][name] = measure.families(built)
-        report["kernels"][name] = _attempt(lambda s=subject: _kernels(s))
+        report["kernels"][name] = attempt(lambda s=subject: _kernels(s))
     del oracle
     for mode in MODES:
         timed = measure.interleaved({n: s.candidate(mode) for n, s in every.items()}, trials)
         for name, subject in every.items():
-            timed[name] |= _attempt(lambda s=subject, m=mode: measure.host_and_device(s.candidate(m)))
+            timed[name] |= attempt(lambda s=subject, m=mode: measure.host_and_device(s.candidate(m)))
         report["modes"][mode] = {"timings": timed, "floor_ms": _floor(mode, dtype, rates), **_summary(timed)}
     return report
-
-
-def _oracle(eager: Subject) -> dict[str, Tensor]:
-    model = copy.deepcopy(eager.model).double()
-    return Subject(model, model, eager.x.detach().double(), eager.gradient.double()).results()
 
 
 def _errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, Errors]:
@@ -140,19 +104,8 @@ def _ratios(ours: dict[str, Errors], eager: dict[str, Errors]) -> dict[str, dict
 def _kernels(subject: Subject) -> dict[str, list[str]]:
     """The kernels that the device ran, by name, in the forward of training and in the backward."""
     subject.reset()
-    forward = _profiled(subject.half_way)
-    return {"forward": forward, "backward": _profiled(subject.backward)}
-
-
-def _profiled(run: Callable[[], Any]) -> list[str]:
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    noise = ("Memcpy", "Memset", "Context", "Torch-Compiled", "##")
-    return [e.name[:100] for e in on_device if not e.is_user_annotation and not e.name.startswith(noise)]
+    runs = {"forward": subject.half_way, "backward": subject.backward}
+    return {phase: [name[:100] for name in launched(run)] for phase, run in runs.items()}
 
 
 def _floor(mode: str, dtype: torch.dtype, rates: dict[str, float]) -> float:
@@ -174,13 +127,6 @@ def _summary(timed: dict[str, Any]) -> dict[str, float]:
         return {}
     best = min(v for name, v in ms.items() if not name.startswith("fusewright"))
     return {"over_eager": ms["fusewright"] / ms["eager"], "over_best": ms["fusewright"] / best}
-
-
-def _attempt(run: Callable[[], Any]) -> Any:
-    try:
-        return run()
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def overheads() -> dict[str, Any]:
@@ -225,7 +171,7 @@ def main() -> None:
     names = [n for n in COMPILED if not (options.quick and "autotune" in n)]
     report: dict[str, Any] = {"environment": measure.environment(), "rates": measure.rates(), "dtypes": {}}
     report["sizes"] = {"batch": BATCH, "inputs": INPUTS, "outputs": OUTPUTS}
-    report["overheads"] = _attempt(overheads)
+    report["overheads"] = attempt(overheads)
     for name, dtype in DTYPES.items():
         report["dtypes"][name] = one_dtype(dtype, names, options.trials, report["rates"])
         _print(name, report["dtypes"][name])

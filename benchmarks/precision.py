@@ -10,7 +10,6 @@ against float64, as ratios to eager's under the same flag.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import measure
-from headline import BATCH, INPUTS, OUTPUTS, Subject
+from headline import BATCH, INPUTS, OUTPUTS, Subject, subjects
 from measure import Candidate, Headline
 
 FLAGS = {"highest": "ieee", "tf32": "tf32"}
@@ -31,21 +30,10 @@ FROZEN = {"backend": "fusewright", "options": {"freeze": True}}
 OURS = ("fusewright", "frozen")
 
 
-def subjects(names: list[str]) -> dict[str, Subject]:
-    torch.manual_seed(0)
-    model = Headline(INPUTS, OUTPUTS).to("cuda")
-    x, gradient = (torch.randn(BATCH, n, device="cuda") for n in (INPUTS, OUTPUTS))
-
-    def made(**options: Any) -> Subject:
-        own = measure.separate(copy.deepcopy(model))
-        return Subject(own, torch.compile(own, **options) if options else own, x, gradient)
-
-    return {"eager": made(), **{n: made(**COMPILED[n]) for n in names}, "frozen": made(**FROZEN)}
-
-
 def one_flag(names: list[str], trials: int) -> dict[str, Any]:
     torch._dynamo.reset()
-    every = subjects(names)
+    torch.manual_seed(0)
+    every = subjects(Headline(INPUTS, OUTPUTS).to("cuda"), {**{n: COMPILED[n] for n in names}, "frozen": FROZEN})
     eager, frozen = every["eager"], every.pop("frozen")
     report: dict[str, Any] = {"errors": {}, "modes": {}, "kernels": {}}
     report["errors"] = errors({**every, "frozen": frozen})
@@ -69,7 +57,7 @@ def one_flag(names: list[str], trials: int) -> dict[str, Any]:
 def errors(every: dict[str, Subject]) -> dict[str, Any]:
     """By candidate: the relative Frobenius error of the result and the signed bias, the error over eager's first."""
     eager = every["eager"]
-    exact = copy.deepcopy(eager.model).double()(eager.x.detach().double()).detach()
+    exact = eager.exact().forward()
 
     def one(found: Tensor) -> tuple[float, float]:
         difference = found.double() - exact

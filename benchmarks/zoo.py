@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import measure
-from common import MODES, Budget, Subject, attempt, compiling_only, errors, geometric_mean, kernels, measured_in_turn
+from common import MODES, Budget, Subject, attempt, compiling_only, errors, geometric_mean, launched, measured_in_turn
 from fusewright.capture import model_file
 
 ZOO = Path(__file__).resolve().parent / "zoo"
@@ -80,7 +80,7 @@ def _kernels(subject: Subject, mode: str) -> int:
     subject.reset()
     subject.run(mode)()
     subject.reset()
-    return kernels(subject.run(mode))
+    return len(launched(subject.run(mode)))
 
 
 def speedup(timed: Mapping[str, Any]) -> dict[str, Any]:

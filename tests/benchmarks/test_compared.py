@@ -19,6 +19,7 @@ from torch import nn
 
 import common
 import epilogues
+import headline
 import measure
 import run
 import sweep
@@ -109,7 +110,7 @@ def test_a_subject_gives_every_gradient_and_leaves_the_model() -> None:
     model, inputs = nn.Linear(5, 3), [torch.randn(4, 5)]
     subject = Subject(model, inputs).training()
     found = subject.results()
-    assert found.keys() == {"output", "gradient of input 0", "gradient of weight", "gradient of bias"}
+    assert found.keys() == {"output", "gradient of input", "gradient of weight", "gradient of bias"}
     assert torch.allclose(found["gradient of weight"], subject.gradient.T @ inputs[0], atol=1e-6)
     assert model.weight.grad is None and inputs[0].grad is None
     wrong = Subject(copy.deepcopy(model), inputs).training()
@@ -117,6 +118,26 @@ def test_a_subject_gives_every_gradient_and_leaves_the_model() -> None:
         wrong.model.bias.add_(0.01)
     found = common.errors({"right": Subject(model, inputs).training(), "wrong": wrong}, subject)
     assert found["right"]["problems"] == [] and found["wrong"]["problems"]
+
+
+def test_the_oracle_has_the_gradient_that_the_others_have() -> None:
+    subject = Subject(nn.Linear(5, 3).bfloat16(), [torch.randn(4, 5).bfloat16()]).training()
+    exact = subject.exact()
+    assert exact.gradient.dtype == torch.float64 and torch.equal(exact.gradient, subject.gradient.double())
+    assert torch.equal(exact.inputs[0], subject.inputs[0].double()) and exact.model.weight.dtype == torch.float64
+
+
+def test_backward_alone_is_what_both_do() -> None:
+    model, inputs = measure.Headline(5, 3), [torch.randn(4, 5)]
+    subject = headline.Subject(model, inputs).training(torch.randn(4, 3))
+    expected = subject.results()
+    assert expected.keys() == {"output", "gradient of x", "gradient of gemm.weight", "gradient of gemm.bias"}
+    candidate = subject.candidate("backward")
+    for _ in range(2):  # nothing accumulates
+        candidate.prepare()
+        candidate.run()
+    assert torch.equal(subject.model.gemm.weight.grad, expected["gradient of gemm.weight"])
+    assert headline._ratios(*[headline._errors(expected, subject.exact().results())] * 2)["output"]["median"] <= 1
 
 
 def test_compiling_only_runs_nothing() -> None:
