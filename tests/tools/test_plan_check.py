@@ -124,3 +124,16 @@ def reduced() -> Small:
             return torch.nn.functional.leaky_relu(self.gemm(x) * 2.0, 0.1)
 
     return Small(Model(), [torch.rand(40, 136)], "small")
+
+
+@pytest.mark.parametrize("depth", [64, 1000])
+def test_the_floor_is_that_of_plain_sums(depth: int) -> None:
+    """One chain of float32 is below it, by less than twice."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(32, depth, generator=generator), torch.randn(depth, 32, generator=generator)
+    chain = torch.zeros(32, 32)
+    for k in range(depth):
+        chain = torch.addcmul(chain.double(), a[:, k, None].double(), b[k].double()).float()
+    error = plan_check._distance(chain, a.double() @ b.double())
+    assert error < plan_check._floor(torch.float32, depth) < 2 * error
+    assert plan_check._floor(torch.float16, 1) == torch.finfo(torch.float16).eps / 2

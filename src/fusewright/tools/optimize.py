@@ -211,7 +211,7 @@ def checked(outcome: plan_check.PlanCheck) -> Group:
         lines.append(
             Text(
                 f"  kernels, simulated on the CPU: {kernels.checked} results and gradients, error against float64 at "
-                f"most {kernels.worst:.2f}× the larger of eager's and the rounding of a plain sum"
+                f"most {kernels.worst:.2f}× the larger of eager's and the rounding of plain sums"
                 f"{'' if kernels.passed else ' — WRONG'}",
                 "green" if kernels.passed else "red",
             )

@@ -81,7 +81,7 @@ def _simulated(path: Path, data: Mapping[str, Any]) -> Measured:
     """`verify` without a GPU: the plan in float64, and the kernels in the simulator."""
     meaning = {
         "plan": "relative difference to the model in float64 at most {worst:.1e}",
-        "kernels": "error against float64 at most {worst:.2f}× the larger of eager's and the rounding of a plain sum",
+        "kernels": "error against float64 at most {worst:.2f}× the larger of eager's and the rounding of plain sums",
     }
     names = {"plan": "plan, by reference in float64", "kernels": "kernels, simulated on the CPU"}
     checks = tuple(
