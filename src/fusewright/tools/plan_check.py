@@ -189,8 +189,9 @@ def _judge(
 def _floor(dtype: torch.dtype, depth: int) -> float:
     """The least error that counts as eager's: of one rounding of the result, and of plain sums of `depth` terms.
 
-    A CPU library may sum in far shorter chains than any GPU. In one chain, roundings (0.21·eps, rms) of partial sums that
-    grow like √i come to 0.15·eps·√depth; a quarter is what three such sums leave, one upon the other, as in a gradient.
+    A CPU library may sum in far shorter chains than any GPU. In one chain, roundings (0.21·eps, rms) of partial sums
+    that grow like √i come to 0.15·eps·√depth; a quarter is what three such sums leave, one upon the other, as in a
+    gradient.
     """
     if not dtype.is_floating_point:
         return 1.0
