@@ -954,16 +954,16 @@ template <class Config> struct GemmSm90 {
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kWhole, class Epilogue>
-    __device__ __forceinline__ static void turn(const Sums& sums, const Operands& operands, const Memory& memory,
+    __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
                                                 int row, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
+#pragma unroll(kWhole ? kTileN / kSlabColumns : 1)
             for (int column = 0; column < kTileN; column += kSlabColumns) {
                 __syncwarp();
-                write_slab(slab, &sums[block][column / 2], lane);
+                write_slab(slab, &sums[block][kWhole ? column / 2 : 0], lane);
                 __syncwarp();
 #pragma unroll(kWhole ? 4 : 1)
                 for (int part = 0; part < 4; ++part) {
@@ -977,6 +977,7 @@ template <class Config> struct GemmSm90 {
                     const int64_t left = y < operands.M ? operands.N - x : 0;
                     epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
                 }
+                if constexpr (!kWhole) turn_round<kSlabColumns / 2>(sums[block]);
             }
         }
     }
@@ -1000,7 +1001,7 @@ template <class Config> struct GemmSm90 {
     // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
     // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
     // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static void note_lost(const Sums& sums, const Operands& operands, int m, int n,
+    __device__ __forceinline__ static void note_lost(Sums& sums, const Operands& operands, int m, int n,
                                                      uint8_t* lost_by_warp) {
         const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
         float smallest = 0x1p126f;  // but for zeros
@@ -1011,7 +1012,7 @@ template <class Config> struct GemmSm90 {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        const bool lost = seldom && (lost_row(sums, operands, row, n) | lost_column(sums, operands, row, n));
+        const bool lost = seldom && lost_line(sums, operands, row, n);
         if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
     }
 
@@ -1022,46 +1023,72 @@ template <class Config> struct GemmSm90 {
         return largest > 0 && largest * largest < float(operands.K) * least * least;
     }
 
-    __device__ __forceinline__ static bool lost_row(const Sums& sums, const Operands& operands, int first, int n) {
-        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
+    // A loop that seldom runs is short: registers have no index, so instead the sums go round, kRound at each turn.
+    __device__ __forceinline__ static bool lost_line(Sums& sums, const Operands& operands, int m, int n) {
+        constexpr int kRound = 16, kColumns = kRound / 2;
+        const int lane = threadIdx.x % 32;
+        float a = 0, rows[kBlocksM][2] = {};
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+            a = fmaxf(a, largest_magnitude(operands.split_a, m + block * 64, m + block * 64 + 16, operands.M));
         bool lost = false;
+#pragma unroll 1
+        for (int column = n; column < n + kTileN; column += kRound * 2) {
+            float columns[kColumns] = {};
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block) {
+#pragma unroll
+                for (int i = 0; i < kRound; ++i) {
+                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
+                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
+                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
+                }
+                turn_round<kRound>(sums[block]);
+            }
+            const int mine = share_out(columns, lane);
+            const float b = magnitude(operands.split_b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, operands.N);
+            lost |= lossy(columns[0], a, b, operands);
+        }
+        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float largest = 0;
-#pragma unroll
-                for (int i = 2 * half; i < kSums; i += 4)
-                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][i]), fabsf(sums[block][i + 1])));
+                float& largest = rows[block][half];
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = first + block * 64 + half * 8 + threadIdx.x % 32 / 4;
+                const int row = m + block * 64 + half * 8 + lane / 4;
                 lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
             }
         return __any_sync(~0u, lost);
     }
 
-    __device__ __forceinline__ static bool lost_column(const Sums& sums, const Operands& operands, int first, int n) {
-        float a = 0;
+    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
+    // in largest[0]. Returns which.
+    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
+        int mine = 0;
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            a = fmaxf(a, largest_magnitude(operands.split_a, first + block * 64, first + block * 64 + 16, operands.M));
-        bool lost = false;
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+            const int count = 16 / lanes;
+            const bool upper = lane & lanes;
+            mine += upper ? count : 0;
 #pragma unroll
-        for (int i = 0; i < kSums; i += 4)
-#pragma unroll
-            for (int j = i; j < i + 2; ++j) {
-                float largest = 0;
-#pragma unroll
-                for (int block = 0; block < kBlocksM; ++block)
-                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][j]), fabsf(sums[block][j + 2])));
-#pragma unroll
-                for (int lanes = 4; lanes < 32; lanes *= 2)
-                    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-                const int column = n + i * 2 + threadIdx.x % 4 * 2 + j % 2;
-                lost |= lossy(largest, a, magnitude(operands.split_b, column, operands.N), operands);
+            for (int i = 0; i < count; ++i) {
+                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
+                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
             }
-        return __any_sync(~0u, lost);
+        }
+        return mine;
+    }
+
+    template <int kCount> __device__ __forceinline__ static void turn_round(float (&sums)[kSums]) {
+        float first[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) first[i] = sums[i];
+#pragma unroll
+        for (int i = kCount; i < kSums; ++i) sums[i - kCount] = sums[i];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[kSums - kCount + i] = first[i];
     }
 
     // Scaled. What is out of range by itself is computed again anyway.
@@ -2373,7 +2400,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2381,7 +2408,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2402,7 +2429,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2411,7 +2438,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2425,7 +2452,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2437,13 +2464,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_82e920c862fa::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_82e920c862fa, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2451,7 +2478,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_82e920c862fa, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2459,7 +2486,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2467,7 +2494,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_82e920c862fa, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2481,7 +2508,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_82e920c862fa",
+        name="fusewright_gemm_multiply_leakyrelu_fe0b0865fef2",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2511,9 +2538,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2525,7 +2552,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_82e920c862fa.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

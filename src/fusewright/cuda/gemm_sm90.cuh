@@ -305,16 +305,16 @@ template <class Config> struct GemmSm90 {
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kWhole, class Epilogue>
-    __device__ __forceinline__ static void turn(const Sums& sums, const Operands& operands, const Memory& memory,
+    __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
                                                 int row, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
+#pragma unroll(kWhole ? kTileN / kSlabColumns : 1)
             for (int column = 0; column < kTileN; column += kSlabColumns) {
                 __syncwarp();
-                write_slab(slab, &sums[block][column / 2], lane);
+                write_slab(slab, &sums[block][kWhole ? column / 2 : 0], lane);
                 __syncwarp();
 #pragma unroll(kWhole ? 4 : 1)
                 for (int part = 0; part < 4; ++part) {
@@ -328,6 +328,7 @@ template <class Config> struct GemmSm90 {
                     const int64_t left = y < operands.M ? operands.N - x : 0;
                     epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
                 }
+                if constexpr (!kWhole) turn_round<kSlabColumns / 2>(sums[block]);
             }
         }
     }
@@ -351,7 +352,7 @@ template <class Config> struct GemmSm90 {
     // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
     // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
     // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static void note_lost(const Sums& sums, const Operands& operands, int m, int n,
+    __device__ __forceinline__ static void note_lost(Sums& sums, const Operands& operands, int m, int n,
                                                      uint8_t* lost_by_warp) {
         const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
         float smallest = 0x1p126f;  // but for zeros
@@ -362,7 +363,7 @@ template <class Config> struct GemmSm90 {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        const bool lost = seldom && (lost_row(sums, operands, row, n) | lost_column(sums, operands, row, n));
+        const bool lost = seldom && lost_line(sums, operands, row, n);
         if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
     }
 
@@ -373,46 +374,72 @@ template <class Config> struct GemmSm90 {
         return largest > 0 && largest * largest < float(operands.K) * least * least;
     }
 
-    __device__ __forceinline__ static bool lost_row(const Sums& sums, const Operands& operands, int first, int n) {
-        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
+    // A loop that seldom runs is short: registers have no index, so instead the sums go round, kRound at each turn.
+    __device__ __forceinline__ static bool lost_line(Sums& sums, const Operands& operands, int m, int n) {
+        constexpr int kRound = 16, kColumns = kRound / 2;
+        const int lane = threadIdx.x % 32;
+        float a = 0, rows[kBlocksM][2] = {};
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+            a = fmaxf(a, largest_magnitude(operands.split_a, m + block * 64, m + block * 64 + 16, operands.M));
         bool lost = false;
+#pragma unroll 1
+        for (int column = n; column < n + kTileN; column += kRound * 2) {
+            float columns[kColumns] = {};
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block) {
+#pragma unroll
+                for (int i = 0; i < kRound; ++i) {
+                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
+                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
+                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
+                }
+                turn_round<kRound>(sums[block]);
+            }
+            const int mine = share_out(columns, lane);
+            const float b = magnitude(operands.split_b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, operands.N);
+            lost |= lossy(columns[0], a, b, operands);
+        }
+        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float largest = 0;
-#pragma unroll
-                for (int i = 2 * half; i < kSums; i += 4)
-                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][i]), fabsf(sums[block][i + 1])));
+                float& largest = rows[block][half];
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = first + block * 64 + half * 8 + threadIdx.x % 32 / 4;
+                const int row = m + block * 64 + half * 8 + lane / 4;
                 lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
             }
         return __any_sync(~0u, lost);
     }
 
-    __device__ __forceinline__ static bool lost_column(const Sums& sums, const Operands& operands, int first, int n) {
-        float a = 0;
+    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
+    // in largest[0]. Returns which.
+    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
+        int mine = 0;
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            a = fmaxf(a, largest_magnitude(operands.split_a, first + block * 64, first + block * 64 + 16, operands.M));
-        bool lost = false;
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+            const int count = 16 / lanes;
+            const bool upper = lane & lanes;
+            mine += upper ? count : 0;
 #pragma unroll
-        for (int i = 0; i < kSums; i += 4)
-#pragma unroll
-            for (int j = i; j < i + 2; ++j) {
-                float largest = 0;
-#pragma unroll
-                for (int block = 0; block < kBlocksM; ++block)
-                    largest = fmaxf(largest, fmaxf(fabsf(sums[block][j]), fabsf(sums[block][j + 2])));
-#pragma unroll
-                for (int lanes = 4; lanes < 32; lanes *= 2)
-                    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-                const int column = n + i * 2 + threadIdx.x % 4 * 2 + j % 2;
-                lost |= lossy(largest, a, magnitude(operands.split_b, column, operands.N), operands);
+            for (int i = 0; i < count; ++i) {
+                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
+                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
             }
-        return __any_sync(~0u, lost);
+        }
+        return mine;
+    }
+
+    template <int kCount> __device__ __forceinline__ static void turn_round(float (&sums)[kSums]) {
+        float first[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) first[i] = sums[i];
+#pragma unroll
+        for (int i = kCount; i < kSums; ++i) sums[i - kCount] = sums[i];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[kSums - kCount + i] = first[i];
     }
 
     // Scaled. What is out of range by itself is computed again anyway.
