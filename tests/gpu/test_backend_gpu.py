@@ -51,6 +51,14 @@ def test_headline_is_one_kernel_forward_and_three_backward(sizes: tuple[int, int
         assert support.launches(backward) <= (3 if sizes is FULL else 4)
 
 
+def test_a_backward_compiles_beside_its_forward() -> None:
+    with building() as built:
+        y = compiled(headline(), library=False)(random(B, K).requires_grad_())
+    assert len(built) == 2
+    y.sum().backward()
+    assert len(built) == 2
+
+
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.1, 1.5])
 @pytest.mark.parametrize("multiplier", [-2.0, 0.0, 2.0])
 def test_mask_comes_from_the_pre_activation(multiplier: float, slope: float) -> None:

@@ -3,15 +3,20 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from fusewright.chip import CHIPS
+from fusewright.chip import CHIPS, chip_for
 from fusewright.errors import CompileError, ToolMissing
 from fusewright.runtime import nvrtc
 from fusewright.runtime.nvrtc import Resources, cached_cubin, compile_all, compile_cubin, kernel_name
+from fusewright.runtime.target import GpuTarget
 
 SCALE = """
 #include <cuda_fp16.h>
@@ -199,6 +204,29 @@ def test_import_loads_no_compiler() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_threads_load_the_compiler_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = []
+
+    @cache
+    def identity() -> str:
+        times.append(time.sleep(0.05))
+        return "a toolkit"
+
+    monkeypatch.setattr(nvrtc, "_identity", identity)
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(lambda _: nvrtc._toolkit(), range(4))) == {"a toolkit"}
+    assert len(times) == 1
+
+
+def test_the_compiler_loads_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, loaded = threading.Event(), threading.Event()
+    monkeypatch.setattr(nvrtc, "prepare", lambda: go_on.wait(10) and loaded.set())
+    GpuTarget(chip_for("sm_90a")).prepare()
+    assert not loaded.is_set()
+    go_on.set()
+    assert loaded.wait(10)
 
 
 def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:

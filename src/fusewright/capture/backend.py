@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 
 from fusewright import compiler
 from fusewright.capture.direct import Direct
@@ -61,6 +62,7 @@ def fusewright(
         inductor = torch._dynamo.lookup_backend("inductor")
         return cast("Callable[..., Any]", inductor(module, list(example_inputs)))
     target = target_for(device, settings)
+    target.prepare()
     library = settings.library and not settings.simulate
     products = capabilities(target.chip, library=library, tensor_maps=target.tensor_maps, tf32=tf32_allowed())
 
@@ -89,13 +91,16 @@ def fusewright(
         return boxed
 
     direct = Direct()
-    wrapped: Callable[..., Any] = aot_autograd(
+    compiling = aot_autograd(
         fw_compiler=compile_fx,
         bw_compiler=compile_fx,
         inference_compiler=compile_fx,
         partition_fn=split_joint,
         decompositions=decompositions(),
-    )(module, example_inputs)
+    )
+    # A backward's kernels compile beside those of its forward; in the simulator too many are never run.
+    with functorch_config.patch(force_non_lazy_backward_lowering=not settings.simulate):
+        wrapped: Callable[..., Any] = compiling(module, example_inputs)
     return direct.around(wrapped, module, example_inputs)
 
 

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from fusewright.errors import OutputNotWritable
@@ -67,15 +67,16 @@ class Cache:
         raises passes through and stores nothing. Where the disk is read-only or full, a warning is given once and
         the entry is built each time.
         """
-        if entry := self._load(key):
+        if entry := self.find(key):
             return entry
         with self._lock(key) as locked:
-            if entry := self._load(key):
+            if entry := self.find(key):
                 return entry
             files = build()
             return Entry(key, files, self._store(key, files) if locked else None)
 
-    def _load(self, key: str) -> Entry | None:
+    def find(self, key: str) -> Entry | None:
+        """Returns the entry for `key` if it is there and whole."""
         folder = self.folder / key
         try:
             digests = json.loads((folder / MANIFEST).read_bytes())
@@ -235,14 +236,21 @@ def included(source: str, folder: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     pending = [source]
     while pending:
-        for name in _INCLUDE.findall(pending.pop()):
-            path = folder / name[1:-1]
-            if name[0] != "<" and not path.is_file():
-                raise ValueError(f"cannot tell what `#include {name}` includes: it is no file of {folder}")
-            if path.is_file() and path.name not in found:
-                found[path.name] = path.read_bytes()
-                pending.append(found[path.name].decode())
+        for name in _names_included(pending.pop()):
+            file = name[1:-1]
+            path = f"{folder}/{file}"
+            if not os.path.isfile(path):
+                if name[0] != "<":
+                    raise ValueError(f"cannot tell what `#include {name}` includes: it is no file of {folder}")
+            elif file not in found:
+                found[file] = Path(path).read_bytes()
+                pending.append(found[file].decode())
     return found
+
+
+@lru_cache(maxsize=256)
+def _names_included(text: str) -> list[str]:
+    return _INCLUDE.findall(text)
 
 
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[ \t]*(\S+)", re.MULTILINE)

@@ -6,7 +6,6 @@ What depends on sizes alone (grids, size arguments, the shapes of buffers) is co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,14 +19,12 @@ from fusewright.ir import reference
 from fusewright.ir.size import Size, evaluate
 from fusewright.kernels.base import LibraryCall, Program
 from fusewright.runtime import frozen
-from fusewright.runtime.target import Run, Target
+from fusewright.runtime.target import BACKGROUND, Run, Target
 
 Sizes = Mapping[sympy.Symbol, int]
 Environment = dict[str, torch.Tensor]
 # One thing to do: reads and writes tensors of the environment.
 Action = Callable[[Environment], None]
-
-_COMPILERS = ThreadPoolExecutor(thread_name_prefix="fusewright-compile")
 
 # Distinct sets of sizes whose prepared launches are kept.
 _PREPARED = 64
@@ -54,7 +51,7 @@ class Executable:
         self.target = target
         self.device = device
         launches = dict.fromkeys(launch for p in (*programs.values(), *rivals) for launch in p.launches)
-        self._loading = _COMPILERS.submit(_load, target, list(launches))
+        self._loading = BACKGROUND.submit(_load, target, list(launches))
         self.symbols = _symbols(plan)
         self.prepare = lru_cache(maxsize=_PREPARED)(self._prepare)
 

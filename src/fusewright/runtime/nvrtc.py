@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusewright.errors import CompileError, ToolMissing
-from fusewright.runtime.cache import Cache, fingerprint, included
+from fusewright.runtime.cache import Cache, Entry, fingerprint, included
 
 DEVICE_CODE = Path(__file__).parent.parent / "cuda"
 
@@ -23,6 +24,10 @@ DEVICE_CODE = Path(__file__).parent.parent / "cuda"
 # rounding says fma. No -lineinfo: it doubles the size of a small cubin. --no-cache: where there is a driver, NVRTC
 # keeps cubins of its own, and one that comes from there has no log: neither resources nor warnings are known.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--no-cache")
+
+# One pool for all callers: what is asked for first, such as a forward before its backward, compiles first.
+_COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fusewright-nvrtc")
+_LOADING = threading.Lock()
 
 # The compiler's own words for code that runs, but slowly: wgmma serialised, setmaxnreg dropped.
 PERFORMANCE_WARNING = re.compile(r"^.*(?:\(C75(?:08|10|11|15|17)\)|Potential Performance Loss).*$", re.MULTILINE)
@@ -69,17 +74,22 @@ def cached_cubin(source: str, arch: str) -> Cubin:
         code, log = _compile(source, arch)
         return {"kernel.cubin": code, "kernel.cu": source.encode(), "compile.log": log.encode()}
 
-    files = Cache("cubin").fetch(_key(source, arch), build).files
-    log = files["compile.log"].decode()
-    return Cubin(files["kernel.cubin"], arch, log, parse_resources(log))
+    return _stored(Cache("cubin").fetch(_key(source, arch), build), arch)
 
 
 def compile_all(sources: Sequence[str], arch: str) -> list[Cubin]:
     """Returns the cubin of each source, through the cache, compiling in parallel threads. Raises as `cached_cubin`."""
-    distinct = list(dict.fromkeys(sources))
-    with ThreadPoolExecutor(max_workers=min(len(distinct), os.cpu_count() or 1) or 1) as threads:
-        cubins = dict(zip(distinct, threads.map(lambda source: cached_cubin(source, arch), distinct), strict=True))
+    cache = Cache("cubin")
+    entries = {source: cache.find(_key(source, arch)) for source in dict.fromkeys(sources)}
+    cubins = {source: _stored(entry, arch) for source, entry in entries.items() if entry}
+    missing = [source for source, entry in entries.items() if not entry]
+    cubins |= zip(missing, _COMPILERS.map(lambda source: cached_cubin(source, arch), missing), strict=True)
     return [cubins[source] for source in sources]
+
+
+def prepare() -> None:
+    """Loads the compiler, which takes as long as to trace a small model. Raises ToolMissing."""
+    _toolkit()
 
 
 def parse_resources(log: str) -> dict[str, Resources]:
@@ -99,6 +109,11 @@ def parse_resources(log: str) -> dict[str, Resources]:
             stack_bytes=number(r"(\d+) bytes cumulative stack") or number(r"(\d+) bytes stack frame"),
         )
     return resources
+
+
+def _stored(entry: Entry, arch: str) -> Cubin:
+    log = entry.files["compile.log"].decode()
+    return Cubin(entry.files["kernel.cubin"], arch, log, parse_resources(log))
 
 
 def _key(source: str, arch: str) -> str:
@@ -159,9 +174,14 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-@cache
 def _toolkit() -> str:
     """Identifies NVRTC and CUDA's headers, the ones that device code may include by their contents."""
+    with _LOADING:  # threads that wait for the first are faster than threads that do the same beside it
+        return _identity()
+
+
+@cache
+def _identity() -> str:
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
     _, major, minor = _nvrtc().nvrtcVersion()

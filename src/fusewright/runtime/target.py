@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from fusewright.codegen.launch import LaunchSpec, TensorMapArg
 # run(arguments in the launch's order, grid, device index)
 Run = Callable[[Sequence[Any], tuple[int, int, int], int], None]
 
+# Compiles and loads while graphs are still being planned.
+BACKGROUND = ThreadPoolExecutor(thread_name_prefix="fusewright-load")
+
 
 class Target(Protocol):
     @property
@@ -23,6 +27,9 @@ class Target(Protocol):
     @property
     def tensor_maps(self) -> bool:
         """Whether launches may take tensor maps here."""
+
+    def prepare(self) -> None:
+        """Loads what `load` will need, in the background, for a caller that has something else to do first."""
 
     def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
         """Compiles the launches together; returns how to run each."""
@@ -47,6 +54,9 @@ class GpuTarget:
     @classmethod
     def of(cls, device: torch.device) -> GpuTarget:
         return cls(chip_for(arch_of(torch.cuda.get_device_capability(device))))
+
+    def prepare(self) -> None:
+        BACKGROUND.submit(_load_toolkit)
 
     def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
         from fusewright.runtime.driver import load
@@ -78,6 +88,9 @@ class SimulatorTarget:
     def tensor_maps(self) -> bool:
         return self.chip.arch == "sm_90a"  # whose instructions the simulator models
 
+    def prepare(self) -> None:
+        """Nothing takes long here."""
+
     def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
         from fusewright.simulator.simulate import Simulator
 
@@ -99,3 +112,10 @@ class SimulatorTarget:
         from fusewright.simulator.tensor_map import encode
 
         return lambda buffer: encode(arg, buffer)
+
+
+def _load_toolkit() -> None:
+    from fusewright.runtime import driver, nvrtc
+
+    nvrtc.prepare()
+    driver.version()

@@ -59,13 +59,17 @@ def first_call(job: Job) -> FirstCall:
         return FirstCall(failed=str(error)[:2000])
 
 
+def caches(folder: Path) -> dict[str, str]:
+    """The environment of a process that keeps everything that it compiles below `folder`."""
+    return {name: str(folder / name.lower()) for name in CACHES}
+
+
 def _process(job: Job, folder: Path) -> float:
-    caches = {name: str(folder / name.lower()) for name in CACHES}
     (folder / "here").mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", "fusewright.tools.first_call"],
         input=repr(asdict(job)),
-        env=os.environ | caches,
+        env=os.environ | caches(folder),
         cwd=folder / "here",  # an empty folder, for -m puts the current one on Python's path
         capture_output=True,
         text=True,
