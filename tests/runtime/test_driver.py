@@ -451,16 +451,18 @@ def test_errors_of_the_driver(cubin: Cubin, axpb: Kernel) -> None:
 
 
 @pytest.mark.gpu
-def test_launch_takes_microseconds(axpb: Kernel) -> None:
-    """Best of five rounds of 1000, few enough for the queue of the device."""
+def test_a_launch_takes_six_microseconds_at_most(axpb: Kernel) -> None:
+    """This thread's own time, not what other processes take from it, at its best over more than a second: what shares
+    a core with it seldom does all the while. Each batch is few enough for the queue of the device."""
     x = torch.zeros(1, device="cuda")
     arguments = (x.data_ptr(), 1.0, 0.0, x.data_ptr(), 1)
-    rounds = []
-    for _ in range(5):
+    batches = []
+    for _ in range(60):
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(1000):
+        time.sleep(0.02)
+        start = time.thread_time_ns()
+        for _ in range(100):
             axpb.launch(arguments, GRID, 0)
-        rounds.append((time.perf_counter() - start) / 1000)
-    print(f"{min(rounds) * 1e6:.2f} µs a launch")
-    assert min(rounds) < 6e-6
+        batches.append((time.thread_time_ns() - start) / 100 / 1e3)
+    print(f"{min(batches):.2f} µs a launch")
+    assert min(batches) <= 6, sorted(batches)
