@@ -22,6 +22,7 @@ from fusewright.cli.output import Output
 from fusewright.runtime.cache import Cache, fingerprint, stored
 from fusewright.tools import bench, doctor
 from fusewright.tools import explain as explanation
+from fusewright.tuned import parse
 from model_files import MODELS, model
 
 
@@ -265,7 +266,7 @@ def test_help_that_a_newcomer_can_work_from(run: Run) -> None:
 
 COMPLETED = {
     "fusewright ver": ["verify"],
-    "fusewright cache ": ["info", "clear"],
+    "fusewright cache ": ["info", "tuned", "clear"],
     "fusewright optimize --arch sm_9": ["sm_90a"],
     "fusewright optimize --dtype b": ["bfloat16"],
     "fusewright bench --mode back": ["backward"],
@@ -375,6 +376,19 @@ def test_doctor_exits_by_what_it_finds(run: Run, monkeypatch: pytest.MonkeyPatch
         assert done.code == (0 if ok else 1) and json.loads(done.out)["findings"][0]["fix"] == "pip install it"
         assert json.loads(done.out)["arch"] == "sm_80"
     assert run("doctor", "--arch", "sm_1").code == 2
+
+
+def test_what_was_tuned_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
+    assert "nothing was tuned yet" in run("cache", "tuned").out
+    lines = ["fused_mm bfloat16 nt 8x8x8: library", "fused_mm bfloat16 nt 16x8x8: gemm_sm90 128x256x64"]
+    for line in lines:
+        made = json.dumps({"winner": 0, "choice": line, "device": "A GPU"}).encode()
+        Cache("tuning").fetch(fingerprint(line=line), lambda made=made: {"choice.json": made})
+    Cache("tuning").fetch(fingerprint(line="older"), lambda: {"choice.json": b'{"winner": 0}'})
+    done = run("cache", "tuned", "--json", "out.json")
+    assert done.out.split("\n") == ["# A GPU", *sorted(lines), ""] and len(parse(done.out)) == 2
+    assert json.loads(Path("out.json").read_text())["devices"] == [{"device": "A GPU", "choices": sorted(lines)}]
 
 
 def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def _commands(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, li
     patch.setenv("FUSEWRIGHT_CACHE_DIR", str(folder / "cache"))
     Cache("cubin").fetch(fingerprint(a=1), lambda: {"a": b""})
     yield "cache info", [run("cache", "info")]
+    made = json.dumps({"choice": "fused_mm float32 nn 8x8x8: library", "device": "A GPU"}).encode()
+    Cache("tuning").fetch(fingerprint(a=2), lambda: {"choice.json": made})
+    yield "cache tuned", [run("cache", "tuned")]
     yield "cache clear", [run("cache", "clear", "--yes")]
     Output("bench", Path("out.json")).result(_bench())
     yield "bench", [json.loads(Path("out.json").read_text())]

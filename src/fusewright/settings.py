@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fusewright.errors import InvalidSetting, UnknownSetting
+from fusewright.tuned import parse
 
 # environment name → what it sets
 ENVIRONMENT = {
@@ -27,6 +28,7 @@ class Settings:
     no GPU; None means the GPU at hand. cuda_graphs: replay what a call launches as one CUDA graph.
     freeze: parameters and buffers never change, so what is made of them (fp16 halves of float32 weights) is kept from
     one call to the next, in as much memory again; refuses gradients. `fusewright.thaw()` forgets it.
+    tuned: programs to run without measuring, as `fusewright cache tuned` lists them; what it does not name is measured.
     """
 
     library: bool = True
@@ -35,13 +37,14 @@ class Settings:
     arch: str | None = None
     cuda_graphs: bool = False
     freeze: bool = False
+    tuned: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None, also: Sequence[str] = ()) -> Settings:
         """Builds settings from a user's mapping. also: what else may be named where the user names settings.
 
-        Raises UnknownSetting for a name that is not one of ours, InvalidSetting for a value of another type and for
-        settings that exclude each other.
+        Raises UnknownSetting for a name that is not one of ours, InvalidSetting for a value of another type or form and
+        for settings that exclude each other.
         """
         types = get_type_hints(cls)
         for name, value in (options or {}).items():
@@ -53,6 +56,7 @@ class Settings:
         settings = cls(**(options or {}))
         if settings.simulate and settings.cuda_graphs:
             raise InvalidSetting("cuda_graphs needs a GPU, and simulate runs on the CPU; set one of them")
+        parse(settings.tuned or "")
         return settings
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fusewright.chip import chip_for
+from fusewright.errors import InvalidSetting
 from fusewright.fusion.plan import FusionPlan
 from fusewright.kernels.base import Program
 from fusewright.kernels.choose import candidates
 from fusewright.runtime import autotune
-from fusewright.runtime.autotune import Tuned
+from fusewright.runtime.autotune import Tuned, remembered, title
+from fusewright.runtime.cache import Cache
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
+from fusewright.tuned import parse
 from graphs import check
 
 CHIP = chip_for("sm_80")
@@ -54,11 +60,13 @@ def contest() -> tuple[FusionPlan, str, list[Program]]:
     return made, region, [found[0], next(p for p in found if p.library)]
 
 
-def tuned(contest: tuple[FusionPlan, str, list[Program]], programs: list[Program] | None = None) -> Tuned:
+def tuned(
+    contest: tuple[FusionPlan, str, list[Program]], programs: list[Program] | None = None, given: str = ""
+) -> Tuned:
     made, region, usual = contest
     programs = programs or usual
-    target = SimulatorTarget(CHIP)
-    return Tuned(Executable(made, {region: programs[0]}, target, torch.device("cpu"), programs), {region: programs})
+    executable = Executable(made, {region: programs[0]}, SimulatorTarget(CHIP), torch.device("cpu"), programs)
+    return Tuned(executable, {region: programs}, parse(given), {region: programs} if given else {})
 
 
 def run(built: Tuned) -> str:
@@ -111,3 +119,85 @@ def test_nothing_is_measured_while_a_graph_is_captured(contest: Any, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert run(tuned(contest)) == "gemm_simt"
     assert clock.asked == 0
+
+
+# ---- as text
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """The text of the last choices, without what introduces it."""
+    (message,) = [r.getMessage() for r in caplog.records if "setting `tuned`" in r.getMessage()]
+    caplog.clear()
+    return message.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)])
+def test_a_choice_is_logged_and_its_text_decides(
+    contest: Any, seconds: tuple[float, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(autotune, "_times", Clock(*seconds))
+    with caplog.at_level(logging.INFO, logger="fusewright"):
+        first = tuned(contest)
+        family = run(first)
+        line = logged(caplog)
+        assert line.startswith(f"{contest[1]} float32 nt 12x4x8: {family}")
+        other = Clock(*reversed(seconds))
+        monkeypatch.setattr(autotune, "_times", other)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another chip")  # of which nothing is known
+        second = tuned(contest, given=line)
+        assert run(second) == family
+        assert other.asked == 0 and logged(caplog) == line
+    assert second.executable.programs == first.executable.programs
+
+
+def test_the_text_decides_while_a_graph_is_captured(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert run(tuned(contest, given=f"{contest[1]} float32 nt 12x4x8: library")) == "library"
+
+
+@pytest.mark.parametrize("change", ["nt 12x4x8", "nn 12x4x8", "nt 16x4x8", "nt 12x4"])
+def test_text_for_something_else_decides_nothing(contest: Any, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another layout, other sizes. Sizes between the same powers of two are the same."""
+    clock = Clock(1.0, 2.0)
+    monkeypatch.setattr(autotune, "_times", clock)
+    fits = change == "nt 12x4x8"
+    assert run(tuned(contest, given=f"{contest[1]} float32 {change}: library")) == ("library" if fits else "gemm_simt")
+    assert clock.asked == (0 if fits else 1)
+    assert run(tuned(contest, given=f"{contest[1]} float32 nt 15x7x15: library")) == "library"
+
+
+def test_text_that_names_no_program_is_an_error(contest: Any) -> None:
+    built = tuned(contest, given=f"{contest[1]} float32 nt 12x4x8: gemm_simt 7x7")
+    for _ in range(2):
+        with pytest.raises(InvalidSetting, match=r"12x4x8: gemm_simt 7x7'; the programs .*'gemm_simt.*'library'"):
+            built(X, W, B)
+
+
+def test_what_is_remembered_is_listed(contest: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(autotune, "Cache", partial(Cache, root=tmp_path / "cache"))
+    assert remembered() == {}
+    monkeypatch.setattr(autotune, "_times", Clock(2.0, 1.0))
+    run(tuned(contest))
+    monkeypatch.setattr(autotune.driver, "version", lambda: 2)
+    monkeypatch.setattr(autotune, "_times", Clock(1.0, 2.0))
+    time.sleep(0.01)  # so that it is later
+    run(tuned(contest))
+    ((device, (choice,)),) = remembered().items()
+    assert device == str(tmp_path) and str(choice).startswith(f"{contest[1]} float32 nt 12x4x8: gemm_simt")
+
+
+def test_the_setting_reaches_the_kernels(contest: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A program that the cost model does not prefer, through the door, in the simulator."""
+
+    def call(**settings: str) -> str:
+        torch._dynamo.reset()
+        options = {"simulate": True, "arch": "sm_80", **settings}
+        compiled = torch.compile(lambda x, w, b: (x @ w.t() + b).relu(), backend="fusewright", options=options)
+        torch.testing.assert_close(compiled(X, W, B), (X @ W.t() + B).relu())
+        return "".join(r.getMessage() for r in caplog.records if "setting `tuned`" in r.getMessage())
+
+    with caplog.at_level(logging.INFO, logger="fusewright"):
+        assert call() == ""
+        *_, last = candidates(contest[0], CHIP, library=False)[contest[1]]
+        line = f"{contest[1]} float32 nt 12x4x8: {title(last)}"
+        assert line in call(tuned=line)

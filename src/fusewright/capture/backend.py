@@ -75,7 +75,9 @@ def fusewright(
         # What a joint graph's products read was decided before it was split.
         chosen = None if RESULTS in graph.meta or is_backward(graph) else products
         kept = stationary(graph) if settings.freeze else ()
-        built = compiler.build(from_fx(graph), target, device, library=library, capabilities=chosen, kept=kept)
+        built = compiler.build(
+            from_fx(graph), target, device, library=library, capabilities=chosen, kept=kept, tuned=settings.tuned or ""
+        )
         _tell_kept(executable_of(built).plan)
         if check is not None:
             check(executable_of(built).plan, is_backward(graph))

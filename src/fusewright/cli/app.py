@@ -91,6 +91,14 @@ cache.command("info", epilog=_lines("The folder is ~/.cache/fusewright, or what 
     machine.cache_info
 )
 cache.command(
+    "tuned",
+    epilog=_lines(
+        "Examples:",
+        "fusewright cache tuned",
+        "then, in Python: fusewright.compile(model, tuned='fused_mm bfloat16 nt 64x64x64: gemm_sm90 128x128x64')",
+    ),
+)(machine.cache_tuned)
+cache.command(
     "clear",
     epilog=_lines("Examples:", "fusewright cache clear", "fusewright cache clear --kind tuning --yes"),
 )(machine.cache_clear)

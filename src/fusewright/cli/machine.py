@@ -49,6 +49,20 @@ def cache_info(json_: Json = None) -> None:
     output.result({"location": cache_dir(), "entries": entries, "bytes": total, "kinds": kinds})
 
 
+def cache_tuned(json_: Json = None) -> None:
+    """Show what the tuner chose, by GPU, as text that the setting `tuned` takes."""
+    from fusewright.runtime.autotune import remembered
+
+    output = Output("cache tuned", json_)
+    found = remembered()
+    for device, choices in found.items():
+        output.console.print(f"# {device}", *map(str, choices), sep="\n", markup=False)
+    if not found:
+        output.console.print("nothing was tuned yet: the first call of a compiled model on a GPU does it")
+    devices = [{"device": device, "choices": list(map(str, choices))} for device, choices in found.items()]
+    output.result({"devices": devices})
+
+
 def cache_clear(
     kind: Kind = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

@@ -1,7 +1,8 @@
 """Measures competing programs at the first call, on its own arguments, and remembers the winner on disk.
 
 A candidate whose result differs from the first candidate's is rejected before it is timed. After the first call the
-choice never changes, so neither do results.
+choice never changes, so neither do results. It is logged as text, which the setting `tuned` takes: what that names is
+not measured then.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import json
 import logging
 import statistics
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fusewright.fusion.plan import Region, Step
+from fusewright.errors import InvalidSetting
+from fusewright.fusion.plan import Encode, Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
 from fusewright.runtime import driver
 from fusewright.runtime.cache import Cache, fingerprint
 from fusewright.runtime.executable import Environment, Executable, Sizes
 from fusewright.settings import tf32_allowed
+from fusewright.tuned import Choice, parse, plain, size_range, text
 
 log = logging.getLogger(__name__)
+
+_KIND, _FILE = "tuning", "choice.json"  # of what is remembered
 
 # Of the largest magnitude: far above rounding at any precision that may compete, far below a wrong result.
 _TOLERANCE = 1e-2
@@ -37,19 +42,59 @@ _HEAD_START = 200_000  # clock cycles that the device idles before each trial, w
 
 
 class Tuned:
-    """An executable whose contested regions are decided by measurement at the first call."""
+    """An executable whose contested regions are decided at the first call: by the user, else by measurement.
 
-    def __init__(self, executable: Executable, contested: Mapping[str, Sequence[Program]]) -> None:
+    choices: of the user. named: all programs of the regions that these name.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        contested: Mapping[str, Sequence[Program]],
+        choices: Sequence[Choice] = (),
+        named: Mapping[str, Sequence[Program]] | None = None,
+    ) -> None:
         self.executable = executable
         self.contested = dict(contested)
+        self.choices = {choice.served: choice for choice in choices}
+        self.named = dict(named or {})
+        self.made: list[Choice] = []
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> list[Any]:
-        if self.contested and not torch.cuda.is_current_stream_capturing():
+        """Raises InvalidSetting at the first call where the user's choice is no program of its region."""
+        if self.named or self.contested:
             with self._lock:
-                if self.contested:
+                if self.named:
+                    self._take(self.executable.sizes(arguments))
+                if self.contested and not torch.cuda.is_current_stream_capturing():
                     return self._first_call(arguments)
         return self.executable(*arguments)
+
+    def _take(self, sizes: Sizes) -> None:
+        """Decides the regions that the user's choices name at these sizes."""
+        for name, programs in self.named.items():
+            wanted = self.choices.get(_choice(programs[0], sizes).served)
+            if wanted is None:
+                continue
+            program = next((p for p in programs if title(p) == wanted.program), None)
+            if program is None:
+                known = ", ".join(dict.fromkeys(repr(title(p)) for p in programs))
+                raise InvalidSetting(f"setting 'tuned' has {str(wanted)!r}; the programs there are {known}")
+            self._use(name, program, sizes)
+            self.contested.pop(name, None)
+        self.named = {}
+        self.executable.prepare.cache_clear()
+        if not self.contested:
+            self._tell()
+
+    def _use(self, name: str, program: Program, sizes: Sizes) -> None:
+        self.executable.use(name, program)
+        self.made.append(_choice(program, sizes))
+
+    def _tell(self) -> None:
+        if self.made:
+            log.info("tuned; the setting `tuned` takes this text and then measures nothing:\n%s", text(self.made))
 
     def _first_call(self, arguments: Sequence[Any]) -> list[Any]:
         """Runs the plan once, step by step, deciding each contested region when its operands exist."""
@@ -60,15 +105,14 @@ class Tuned:
             environment = self._decide(step, sizes, environment)
         self.contested = {}
         executable.prepare.cache_clear()
+        self._tell()
         return executable.outputs(sizes, environment)
 
     def _decide(self, step: Step, sizes: Sizes, environment: Environment) -> Environment:
         executable = self.executable
         programs = self.contested.get(step.name, ())
         if programs:
-            winner = self._winner(step, programs, sizes, environment)
-            executable.use(step.name, programs[winner])
-            log.info("%s: %s %s", step.name, programs[winner].family, programs[winner].variant)
+            self._use(step.name, programs[self._winner(step, programs, sizes, environment)], sizes)
         for action in executable.actions(step, sizes):
             action(environment)
         return environment
@@ -77,19 +121,17 @@ class Tuned:
         def measure() -> dict[str, bytes]:
             seconds = self._measure(step, programs, sizes, environment)
             best = min(seconds, key=lambda i: seconds[i] * (_NOISE if i else 1.0))
-            return {"choice.json": json.dumps({"winner": best, "seconds": seconds}).encode()}
+            made = {"winner": best, "seconds": seconds, "choice": str(_choice(programs[best], sizes))}
+            device = torch.cuda.get_device_name(self.executable.device)
+            return {_FILE: json.dumps({**made, "device": device}).encode()}
 
-        entry = Cache("tuning").fetch(self._key(programs, sizes), measure)
-        return int(json.loads(entry.files["choice.json"])["winner"])
+        entry = Cache(_KIND).fetch(self._key(programs, sizes), measure)
+        return int(json.loads(entry.files[_FILE])["winner"])
 
     def _key(self, programs: Sequence[Program], sizes: Sizes) -> str:
-        # Sizes within a factor of two share a choice.
-        region = programs[0].region
-        assert isinstance(region, Region), "there is one way to encode"
-        extents = [int(evaluate(s, sizes)) for s in (*region.rows, region.columns, *_depth(region))]
         return fingerprint(
             programs=[[p.family, *(launch.source for launch in p.launches)] for p in programs],
-            extents=[extent.bit_length() for extent in extents],
+            extents=size_range(_extents(programs[0], sizes)),
             device=torch.cuda.get_device_name(self.executable.device),
             driver=driver.version(),
             torch=torch.__version__,
@@ -124,8 +166,41 @@ def executable_of(built: Executable | Tuned) -> Executable:
     return built.executable if isinstance(built, Tuned) else built
 
 
-def _depth(region: Region) -> tuple[Any, ...]:
-    return (region.gemm.a.shape[1],) if region.gemm else ()
+def remembered() -> dict[str, list[Choice]]:
+    """The choices on disk, by the GPU that they were measured on; the latest for each range of sizes."""
+    found: dict[str, dict[object, Choice]] = {}
+    for entry in Cache(_KIND).entries():
+        made = json.loads(entry.files.get(_FILE, b"{}"))
+        for choice in parse(made.get("choice", "")):
+            found.setdefault(made["device"], {})[choice.served] = choice
+    return {device: sorted(choices.values(), key=str) for device, choices in sorted(found.items())}
+
+
+def title(program: Program) -> str:
+    """The program's family and variant, as a choice names it."""
+    return plain(f"{program.family} {program.variant}".strip())
+
+
+def _choice(program: Program, sizes: Sizes) -> Choice:
+    region = program.region
+    return Choice(" ".join((region.name, *_computed(region))), _extents(program, sizes), title(program))
+
+
+def _computed(region: Region | Encode) -> Iterator[str]:
+    """What the region computes with: its dtype, or the products of halves that make one; the layout of operands."""
+    gemm = region.gemm if isinstance(region, Region) else None
+    if gemm is None:
+        return
+    planes = gemm.encoded[0].halves.planes if gemm.encoded else 0
+    yield {0: str(gemm.a.dtype).removeprefix("torch."), 1: "f16x1", 2: "f16x3"}[planes]
+    yield "".join("n" if matrix.stride[1] == 1 else "t" for matrix in (gemm.a, gemm.b))
+
+
+def _extents(program: Program, sizes: Sizes) -> tuple[int, ...]:
+    region = program.region
+    assert isinstance(region, Region), "there is one way to encode"
+    depth = (region.gemm.a.shape[1],) if region.gemm else ()
+    return tuple(int(evaluate(s, sizes)) for s in (*region.rows, region.columns, *depth))
 
 
 def _agrees(a: torch.Tensor, b: torch.Tensor) -> bool:

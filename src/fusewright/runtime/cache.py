@@ -75,6 +75,12 @@ class Cache:
             files = build()
             return Entry(key, files, self._store(key, files) if locked else None)
 
+    def entries(self) -> list[Entry]:
+        """Those that are whole, the oldest first."""
+        folders = _entries(self.folder) if self.folder.is_dir() else []
+        found = [entry for folder in folders if (entry := self.find(folder.name))]
+        return sorted(found, key=lambda entry: _written(entry.folder))
+
     def find(self, key: str) -> Entry | None:
         """Returns the entry for `key` if it is there and whole."""
         folder = self.folder / key
@@ -206,6 +212,14 @@ def _entries(kind: Path) -> list[Path]:
     """Entries, the half-written ones first. They are named by fingerprints: nothing else there is ours to remove."""
     found = (path for path in kind.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=lambda path: (path.suffix != PARTIAL, path.name))
+
+
+def _written(folder: Path | None) -> float:
+    """When; 0 for one that another process has just removed."""
+    try:
+        return (folder / MANIFEST).stat().st_mtime if folder else 0.0
+    except OSError:
+        return 0.0
 
 
 def _bytes(folder: Path) -> int:
