@@ -33,6 +33,14 @@ BUGS: Mapping[str, Bug] = {
         0,
         ("barrier 1", "barrier 2", "32 of 64 threads", "31 more"),
     ),
+    "spinning": Bug(
+        errors.Deadlock,
+        """int* flag = reinterpret_cast<int*>(out);
+           while (threadIdx.x == 3 && atomicAdd(flag, 0) == 0) {  // BUG
+           }""",
+        3,
+        ("atomic operations", "no thread of its block"),
+    ),
     "divergence": Bug(
         errors.BarrierDivergence,
         """if (threadIdx.x % 2)
@@ -385,6 +393,16 @@ CORRECT: Mapping[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
            __syncthreads();
            out[threadIdx.x] = __half2float(tile[threadIdx.x ^ 1]);""",
         lambda x: x.half().float().reshape(32, 2).flip(1).reshape(64),
+    ),
+    "waits_by_atomics": (
+        """__shared__ int flag;
+           if (threadIdx.x == 0) flag = 0;
+           __syncthreads();
+           if (threadIdx.x == 20) atomicExch(&flag, 7);
+           while (threadIdx.x >= 32 && atomicAdd(&flag, 0) == 0) {
+           }
+           out[threadIdx.x] = 1;""",
+        lambda x: torch.ones(64),
     ),
     "atomics_do_not_race": (
         """__shared__ int sum;

@@ -107,7 +107,7 @@ void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
         static_cast<Agent&>(thread) = {base + thread.index, static_cast<uint16_t>(rank), clock_.now()};
         thread.state = Thread::kReady;
         thread.stack = nullptr;
-        thread.uncommitted = 0;
+        thread.uncommitted = thread.atomics = 0;
         thread.action = nullptr;
         thread.polled = ~uint64_t(0);
         thread.timed_out = false;

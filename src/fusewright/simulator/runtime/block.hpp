@@ -89,6 +89,8 @@ struct Thread : Agent {
     std::deque<unsigned> group_sizes;  // committed groups, oldest first
     unsigned uncommitted;
 
+    uint32_t atomics;  // operations in this block
+
     unsigned lane() const { return index % 32; }
     [[noreturn]] void fail(int kind, const char* pc, const std::string& message);
 };
@@ -116,6 +118,8 @@ class Block {
     void async_copy(Thread& thread, char* destination, const char* source, unsigned bytes, unsigned source_bytes,
                     const char* pc);
     void async_wait(Thread& thread, unsigned pending, const char* pc);
+    // Counts an atomic operation: whoever waits in a loop of them lets the others run, and is found if that is no help.
+    void count_atomic(Thread& thread, const char* pc);
     void access(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
     [[noreturn]] void fail(Thread& thread, int kind, const char* pc, const std::string& message);
     void set_failure(const Thread& thread, int kind, const char* pc, const std::string& message);

@@ -71,6 +71,17 @@ void Block::report_global(Thread& thread, Access access, uintptr_t address, size
     fail(thread, Failure::kOutOfBounds, pc, text);
 }
 
+void Block::count_atomic(Thread& thread, const char* pc) {
+    constexpr uint32_t kTurn = 1 << 8, kPatience = 1 << 22;
+    if (++thread.atomics % kTurn) return;
+    if (thread.atomics >= kPatience)
+        fail(thread, Failure::kDeadlock, pc,
+             "has executed " + std::to_string(thread.atomics) + " atomic operations and goes on: it waits for what no " +
+                 "thread of its block does (blocks run one after another)");
+    ready_.push_back(&thread);
+    wait(thread);
+}
+
 // ---- Asynchronous copies ----------------------------------------------------------------------------------------
 
 void Block::async_copy(Thread& thread, char* destination, const char* source, unsigned bytes, unsigned source_bytes,
@@ -165,7 +176,11 @@ namespace {
 
 }  // namespace
 
-void check_atomic(const void* pointer, size_t bytes) { check(Access::kAtomic, pointer, bytes, true, CALLER); }
+void check_atomic(const void* pointer, size_t bytes) {
+    check(Access::kAtomic, pointer, bytes, true, CALLER);
+    Thread& thread = *current_thread();
+    thread.block->count_atomic(thread, CALLER);
+}
 
 }  // namespace fusewright_simulator
 
