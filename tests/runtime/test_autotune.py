@@ -19,7 +19,7 @@ from fusewright.fusion.plan import FusionPlan
 from fusewright.kernels.base import Program
 from fusewright.kernels.choose import candidates
 from fusewright.runtime import autotune
-from fusewright.runtime.autotune import Tuned, remembered, title
+from fusewright.runtime.autotune import Tuned, _agrees, remembered, title
 from fusewright.runtime.cache import Cache
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
@@ -111,6 +111,47 @@ def test_a_candidate_that_is_wrong_is_named_and_not_timed(
         assert run(tuned(contest, [ours, wrong])) == "gemm_simt"
     assert clock.candidates == [0]
     assert "library" in caplog.text and "differs" in caplog.text
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ([1.0, -2.0, 1000.0, 0.5], True),
+        ([1.0, -2.0, 1004.0, 9.0], True),  # 1 % of the largest, of 1000
+        ([1.0, -2.0, 1000.0, 12.0], False),
+        ([1.0, -2.0, -1000.0, 0.5], False),
+        ([1.0, -2.0, INF, 0.5], False),
+        ([1.0, NAN, 1000.0, 0.5], False),
+    ],
+)
+def test_results_agree_to_a_share_of_the_largest(dtype: torch.dtype, other: list[float], same: bool) -> None:
+    expected = torch.tensor([1.0, -2.0, 1000.0, 0.5], dtype=dtype)
+    assert _agrees(torch.tensor(other, dtype=dtype), expected) == same
+
+
+def test_what_is_not_finite_has_no_say() -> None:
+    """One infinity would make everything else agree; what overflows in one program may be just finite in another."""
+    expected = torch.ones(300)
+    expected[:3] = torch.tensor([INF, -INF, NAN])
+    assert _agrees(expected.clone(), expected)
+    other = expected.clone()
+    other[2] = 3e38
+    assert _agrees(other, expected)
+    other[100] = 1.1
+    assert not _agrees(other, expected)
+
+
+def test_few_bits_of_a_mask_may_differ() -> None:
+    expected = torch.zeros(1000, dtype=torch.uint8)
+    for count, same in ((10, True), (11, False)):
+        other = expected.clone()
+        other[:count] = 128
+        assert _agrees(other, expected) == same
+    assert _agrees(torch.empty(0), torch.empty(0))
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
