@@ -20,7 +20,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
 
 class Direct:
     """Runs what AOTAutograd had compiled of one graph: one of inference, or one that leaves what its backward reads
-    behind its results. A backward is compiled when it is first needed; until then the wrappers run."""
+    behind its results. Until its backward is compiled, in the simulator at the first one, the wrappers run."""
 
     def __init__(self) -> None:
         self._forward: Run | None = None
