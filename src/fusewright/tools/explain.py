@@ -133,13 +133,20 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
         for f in e.fallbacks:
             table.add_row(f["operator"], Text("ATen", "yellow"), "", "", "")
         parts.append(table)
-        saved = e.bytes_before - e.bytes_after
         parts.append(
             Text(
-                f"  moves {_size(e.bytes_after)} instead of {_size(e.bytes_before)} ({_size(max(0, saved))} less); "
+                f"  moves {_size(e.bytes_after)} instead of {_size(e.bytes_before)} ({_difference(e)}); "
                 f"floor {_time(e.floor_seconds)} at {chip.name}'s datasheet rates"
             )
         )
         parts += [Text(f"  {f['operator']} runs as ATen: {f['reason']}", "yellow") for f in e.fallbacks]
         parts += [Text(f"  {', '.join(r['operators'])} apart: {r['reason']}", "dim") for r in e.refusals]
     return Group(*parts)
+
+
+def _difference(e: Explanation) -> str:
+    saved = e.bytes_before - e.bytes_after
+    if saved >= 0:
+        return f"{_size(saved)} less"
+    halves = any(r.family == "split_f16" for r in e.regions)
+    return f"{_size(-saved)} more" + (", since tensor cores read float32 as halves" if halves else "")
