@@ -104,12 +104,12 @@ struct Epilogue {
     int64_t N;
     template <int V>
     __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&sums)[V]) const {
-        fusewright::store_vector(out + m * N + n, sums, count);
+        fusewright::store(out + m * N + n, 1, sums, count);
     }
-    __device__ __forceinline__ void prefetch(int64_t n, int count) const {}
+    __device__ __forceinline__ void prefetch(int64_t, int) const {}
 };
-using Gemm = fusewright::GemmSkinny<float, 1, 1, fusewright::Major::K>;
-static_assert(Gemm::kSharedBytes == 98304);
+using Gemm = fusewright::GemmSkinny<float, 1, 4, fusewright::Major::K>;
+static_assert(Gemm::kStages == 4 && Gemm::kStep == 128 && Gemm::kSharedBytes == 98304);
 extern "C" __global__ void gemm_skinny(const float* a, const float* b, float* out, int64_t m, int64_t n, int64_t k) {
     Gemm::run(a, k, b, k, m, n, k, Epilogue{out, n});
 }
@@ -117,11 +117,11 @@ extern "C" __global__ void gemm_skinny(const float* a, const float* b, float* ou
 
 
 def gemm_skinny(simulator: Simulator) -> None:
-    """More steps than the ring has stages."""
-    m, n, k = 5, 12, 1300
+    """Six steps of k through four stages: at the end copies past the last step are on their way to the first stage."""
+    m, n, k = 5, 32, 700
     a, b, out = torch.randn(m, k), torch.randn(n, k), torch.zeros(m, n)
-    (kernel,) = simulator.load([launch(GEMM_SKINNY, 256, 98304)], schedules=3)
-    kernel([a, b, out, m, n, k], (2,))
+    (kernel,) = simulator.load([replace(launch(GEMM_SKINNY, 256, 98304), ahead=("b",))], schedules=3)
+    kernel([a, b, out, m, n, k], (1,))
     torch.testing.assert_close(out.double(), a.double() @ b.double().t(), rtol=1e-4, atol=1e-4)
 
 
