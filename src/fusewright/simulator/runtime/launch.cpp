@@ -71,16 +71,18 @@ int fusewright_simulator_launch(const SimulatorLaunch* launch, SimulatorFailure*
     auto work = [&](uint64_t worker) {
         auto cluster = pool().take();
         cluster->begin_launch(*launch);
+        bool sound = true;
         for (uint64_t turn = worker; turn < first_failure.load(); turn += launch->workers) {
             SimulatorFailure mine{};
             if (cluster->run(order.cluster(turn), mine)) continue;
+            sound = false;
             std::lock_guard lock(mutex);
             if (turn < first_failure.load()) {
                 first_failure.store(turn);
                 *failure = mine;
             }
         }
-        pool().give(std::move(cluster));
+        if (sound) pool().give(std::move(cluster));  // else what it was in the midst of is still in its shadow memory
     };
     std::vector<std::thread> helpers;
     for (uint64_t worker = 1; worker < launch->workers; ++worker) helpers.emplace_back(work, worker);
