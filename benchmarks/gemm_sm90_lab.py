@@ -31,6 +31,7 @@ CUBINS = Path(os.environ.get("FUSEWRIGHT_LAB", ROOT / ".lab_sm90")) / "cubins"
 HEADLINE = (1024, 8192, 8192)
 BF16 = GemmConfig(element="__nv_bfloat16", out="__nv_bfloat16", vector=8)
 F16X1 = GemmConfig(scaled=True)
+REGISTERS = GemmConfig(scaled=True, registers=True, stages=3, cluster=2)
 F16X3 = GemmConfig(products=3, tile=(128, 128), stages=3, promote=32, scaled=True)
 
 
@@ -68,6 +69,12 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(f"{label} {name}", with_(config, major_a=majors[0], major_b=majors[1]), [shape])
     for label, config in kinds:
         yield Experiment(f"{label} 4096", config, [(4096, 4096, 4096)])
+    for major in ("K", "MN"):  # of the weight, a; forward and dX
+        for cluster in (1, 2):
+            config = with_(REGISTERS, major_a=major, cluster=cluster)
+            yield Experiment(f"registers {major} c{cluster} debug", config.debug(), SHAPES, timed=False)
+            yield Experiment(f"registers {major} c{cluster}", config, [(8192, 1024, 8192)])
+    yield Experiment("registers 128", with_(REGISTERS, tile=(128, 128), stages=4), [(8192, 1024, 8192)])
     short = [(2048, 2048, k) for k in (128, 256, 512, 1024, 4096)]
     yield Experiment("f16x3 accuracy", F16X3, short, False, ("normal", "uniform"))
 
@@ -77,7 +84,7 @@ def experiments() -> Iterator[Experiment]:
 
 def compile_source(source: str) -> bytes:
     """Returns the cubin, from the lab's folder where it lies there. Prints what the compiler warns of."""
-    names = ("gemm_sm90", "sm90", "split_f16", "vector", "major")
+    names = ("gemm_sm90", "gemm_sm90_registers", "sm90", "split_f16", "vector", "major")
     headers = b"".join((ROOT / f"src/fusewright/cuda/{name}.cuh").read_bytes() for name in names)
     path = CUBINS / (hashlib.sha256(source.encode() + headers).hexdigest()[:16] + ".cubin")
     if path.exists():
@@ -164,7 +171,9 @@ class Bench:
         self.w = w.T if config.major_b == "K" else w
         out_dtype = {"float": torch.float32, "__nv_bfloat16": torch.bfloat16, "__half": torch.float16}[config.out]
         self.out = torch.full((self.m, self.n), float("nan"), dtype=out_dtype, device="cuda")
-        self.bias = torch.randn(self.n, device="cuda")
+        if config.registers:
+            self.a, self.out = x, self.out.T.contiguous()
+        self.bias = torch.randn(self.out.shape[1], device="cuda")
 
     def split(self, x: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
         split = Split(compile_source(SPLIT.format(planes=planes)), planes)
@@ -184,13 +193,13 @@ class Bench:
     def check(self, gemm: Gemm) -> dict[str, float]:
         zero = torch.zeros_like(self.bias)
         a64, b64 = self.x.double(), self.w.double()
-        reference, bound = a64 @ b64, a64.abs() @ b64.abs()
+        reference, bound = self.ordered(a64 @ b64), self.ordered(a64.abs() @ b64.abs())
         gemm.prepare(self.a, self.b, self.out, zero, 1.0, 1.0, self.exponents, self.k)()
         torch.cuda.synchronize()
         ours = errors(self.out, reference, bound)
         if self.config.products == 3 or self.config.scaled:
             torch.backends.cuda.matmul.allow_tf32 = self.config.products == 1
-            theirs = errors(self.x @ self.w, reference, bound)
+            theirs = errors(self.ordered(self.x @ self.w), reference, bound)
             ours |= {f"{name} ratio": ours[name] / theirs[name] for name in ("frobenius", "componentwise")}
             ours["bias of torch"] = theirs["bias"]
         self.out.fill_(float("nan"))
@@ -203,13 +212,17 @@ class Bench:
         ours["repeats"] = torch.equal(again, self.out)
         return ours
 
+    def ordered(self, product: torch.Tensor) -> torch.Tensor:
+        return product.T if self.config.registers else product
+
     def run(self, gemm: Gemm) -> Callable[[], None]:
         return gemm.prepare(self.a, self.b, self.out, self.bias, 2.0, 0.1, self.exponents, self.k)
 
     def baseline(self) -> Callable[[], Any]:
         torch.backends.cuda.matmul.allow_tf32 = self.config.products == 1
-        out = torch.empty(self.m, self.n, dtype=self.x.dtype, device="cuda")
-        return lambda: torch.mm(self.x, self.w, out=out)
+        out = torch.empty(self.out.shape, dtype=self.x.dtype, device="cuda")
+        a, b = (self.w.T, self.x.T) if self.config.registers else (self.x, self.w)
+        return lambda: torch.mm(a, b, out=out)
 
 
 def perform(experiment: Experiment) -> Iterator[dict[str, Any]]:

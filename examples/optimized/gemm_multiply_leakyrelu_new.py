@@ -145,7 +145,8 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. ir/encoding.py has the same arithmetic.
+// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
@@ -153,19 +154,21 @@ struct SplitLayout {
     __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
-    __device__ int64_t exponent() const { return column_magnitudes() + length; }
+    __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
 };
 
-// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product.
+// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product,
+// unless it finds them itself.
 struct SplitOperand {
     const int *exponent, *magnitudes;
 
     // by_line: the product's rows (or columns) are the lines of the matrix that was split.
     __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
-        return {halves + layout.exponent(), halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes())};
+        const int* magnitudes = halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes());
+        return {halves + layout.exponent(), layout.planes ? magnitudes : nullptr};
     }
     __device__ __forceinline__ bool out_of_range(int64_t i, int64_t count) const {
-        return split_out_of_range(i < count ? magnitudes[i] : 0, *exponent);
+        return split_out_of_range((magnitudes != nullptr) & (i < count) ? magnitudes[i] : 0, *exponent);
     }
 };
 
@@ -203,7 +206,7 @@ struct SplitMatrix {
     __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
 };
 
-// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision).
+// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision), 0 writes s alone.
 template <int kPlanes> struct SplitF16 {
     // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
     static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
@@ -217,9 +220,11 @@ template <int kPlanes> struct SplitF16 {
     // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
     // magnitudes that the split adds to.
     __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
-        int* magnitudes = m.halves + layout(m).line_magnitudes();
-        const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-        for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        if constexpr (kPlanes > 0) {
+            int* magnitudes = m.halves + layout(m).line_magnitudes();
+            const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+            for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        }
         const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
         const uint32_t all = block_max(found);
         if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
@@ -255,8 +260,10 @@ template <int kPlanes> struct SplitF16 {
                                                  int64_t blocks) {
         const int exponent = choose_exponent(largest, count);
         if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
-        if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
-        else split<false>(m, split_scale(exponent), block, blocks);
+        if constexpr (kPlanes > 0) {
+            if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
+            else split<false>(m, split_scale(exponent), block, blocks);
+        }
     }
 
     // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
@@ -603,22 +610,24 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, b
 #undef FUSEWRIGHT_WGMMA
 }
 
-// The same with A (fp16) in registers and B K-major. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
+// The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
+template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n\t}"
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
                  : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
+template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;\n\t}"
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
                  : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8
@@ -691,22 +700,19 @@ template <class Config> struct GemmSm90 {
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
     static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
     static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
-    static constexpr int kStageBytes = kPlanes * (kPlaneA + kPlaneB);
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
-    static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
-    static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
 
     static constexpr int kBlocksM = kPanelsA / kConsumers, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums a thread
-    static_assert(kPanelsB % kCluster == 0 && kSharedBytes <= 232448);
+    static_assert(kPanelsB % kCluster == 0);
     static_assert(!kThreeProducts || (kBlocksM == 1 && kSums == 64), "three products fill the registers at 128 × 128");
 
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost)
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see loses_bits)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -721,15 +727,22 @@ template <class Config> struct GemmSm90 {
         }
     };
 
-    struct Memory {
+    // Shared memory: the stages, the slabs, the barriers. kBytesA: of A in a stage.
+    template <int kBytesA> struct MemoryFor {
+        static constexpr int kStageBytes = kBytesA + kPlanes * kPlaneB;
+        static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
+        static constexpr int kBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
+        static_assert(kBytes <= 232448);
         unsigned char* base;
 
         __device__ unsigned char* a(int stage) const { return base + stage * kStageBytes; }
-        __device__ unsigned char* b(int stage) const { return a(stage) + kPlanes * kPlaneA; }
+        __device__ unsigned char* b(int stage) const { return a(stage) + kBytesA; }
         __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
         __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
         __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
     };
+    using Memory = MemoryFor<kPlanes * kPlaneA>;
+    static constexpr int kSharedBytes = Memory::kBytes;
 
     // The tiles of this block, in the order in which it computes them; both roles walk the same.
     struct Tiles {
@@ -753,23 +766,25 @@ template <class Config> struct GemmSm90 {
     };
 
     // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kCluster; kThreads threads; kSharedBytes.
-    template <class Epilogue>
+    // Kernel: whose memory, loads and consumers these are, for kernels that share the rest.
+    template <class Kernel = GemmSm90, class Epilogue>
     __device__ __forceinline__ static void run(const Operands& operands, const Epilogue& epilogue) {
         extern __shared__ unsigned char shared[];
-        const Memory memory{shared + (-shared_address(shared) & 1023)};
+        const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
-            if (threadIdx.x == 0) produce(operands, memory);
+            if (threadIdx.x == 0) produce<Kernel>(operands, memory);
         } else {
             registers_acquire<kConsumerRegisters>();
-            consume(operands, memory, epilogue);
+            Kernel::consume(operands, memory, epilogue);
         }
         // A block stays until nobody in the cluster can still arrive at its barriers or copy to its memory.
         if constexpr (kCluster > 1) cluster_sync();
     }
 
-    __device__ __forceinline__ static void setup(const Operands& operands, const Memory& memory) {
+    template <class AnyMemory>
+    __device__ __forceinline__ static void setup(const Operands& operands, const AnyMemory& memory) {
         if (threadIdx.x == 0) {
             tensor_map_prefetch(&operands.a);
             tensor_map_prefetch(&operands.b);
@@ -785,41 +800,49 @@ template <class Config> struct GemmSm90 {
 
     // ---- Producer ---------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ static void produce(const Operands& operands, const Memory& memory) {
+    template <class Kernel>
+    __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory) {
         Ring ring;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
             const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
             for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
                 mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);  // the first round finds every stage empty
-                mbarrier_arrive_expect_tx(memory.full(ring.stage), kStageBytes);
-                load(operands, memory, ring.stage, m, n, k_tile * kTileK);
+                mbarrier_arrive_expect_tx(memory.full(ring.stage), memory.kStageBytes);
+                Kernel::load_a(operands, memory, ring.stage, m, k_tile * kTileK);
+                load_b(operands, memory, ring.stage, n, k_tile * kTileK);
             }
         }
     }
 
-    __device__ __forceinline__ static void load(const Operands& operands, const Memory& memory, int stage, int m, int n,
-                                                int k) {
-        uint64_t* full = memory.full(stage);
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
+    __device__ __forceinline__ static void load_a(const Operands& operands, const Memory& memory, int stage, int m,
+                                                  int k) {
 #pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) {
+        for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int panel = 0; panel < kPanelsA; ++panel) {
                 const int row = m + panel * kPanel;
-                tensor_load(memory.a(stage) + plane * kPlaneA + panel * kPanelBytes, &operands.a, full,
+                tensor_load(memory.a(stage) + plane * kPlaneA + panel * kPanelBytes, &operands.a, memory.full(stage),
                             kMajorA == Major::K ? k : row, kMajorA == Major::K ? row : k, plane);
             }
+    }
+
+    template <class AnyMemory>
+    __device__ __forceinline__ static void load_b(const Operands& operands, const AnyMemory& memory, int stage, int n,
+                                                  int k) {
+        const int rank = kCluster > 1 ? cluster_rank() : 0;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
                 const int panel = part + rank, column = n + panel * kPanel;
                 unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
                     tensor_load_multicast(destination, &operands.b, full, x, y, plane, (1 << kCluster) - 1);
                 else
                     tensor_load(destination, &operands.b, full, x, y, plane);
             }
-        }
     }
 
     // ---- Consumers --------------------------------------------------------------------------------------------------
@@ -839,7 +862,8 @@ template <class Config> struct GemmSm90 {
                 compute(sums, ring, memory, group, operands.k_tiles());
             const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost) note_lost(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
+                if (operands.lost)
+                    note_lost(operands.lost + tiles.tile() * kConsumerWarps, loses_bits(sums, operands, m, n));
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -852,7 +876,8 @@ template <class Config> struct GemmSm90 {
         static constexpr uint32_t kStepB = (kMajorB == Major::K ? kStep * 2 : kStep * 128) >> 4;
         uint64_t a_, b_;
 
-        __device__ Stage(const Memory& memory, int stage, int group)
+        template <class AnyMemory>
+        __device__ Stage(const AnyMemory& memory, int stage, int group)
             : a_(matrix_descriptor(memory.a(stage) + group * kBlocksM * kPanelBytes, kPanelBytes)),
               b_(matrix_descriptor(memory.b(stage), kPanelBytes)) {}
         __device__ uint64_t a(int block, int step, int plane = 0) const {
@@ -1001,9 +1026,8 @@ template <class Config> struct GemmSm90 {
     // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
     // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
     // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static void note_lost(Sums& sums, const Operands& operands, int m, int n,
-                                                     uint8_t* lost_by_warp) {
-        const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
+    __device__ __forceinline__ static bool loses_bits(Sums& sums, const Operands& operands, int m, int n) {
+        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
@@ -1012,8 +1036,11 @@ template <class Config> struct GemmSm90 {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        const bool lost = seldom && lost_line(sums, operands, row, n);
-        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
+        return seldom && lost_line(sums, operands, row, n);
+    }
+
+    __device__ __forceinline__ static void note_lost(uint8_t* lost_by_warp, bool lost) {
+        if (threadIdx.x % 32 == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
     }
 
     // Whether the largest of some sums is within what is lost where operands are as large as these.
@@ -1514,37 +1541,39 @@ private:
 
 // ======== inference
 
-namespace fused_sample_2_f16x2 {
+namespace fused_sample_f16x2_f16x2 {
 
-using Split = fusewright::SplitF16</*Planes*/2>;
+using Split0 = fusewright::SplitF16</*Planes*/2>;
+using Split1 = fusewright::SplitF16</*Planes*/2>;
 
 // Looks at a sample of each matrix, for its power of two.
-__global__ void __launch_bounds__(Split::kThreads)
-sample_2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
-    const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1, int* halves1,
-    int* __restrict__ samples) {
-    if (blockIdx.y == 0) Split::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
-    if (blockIdx.y == 1) Split::sample({x1, stride1, lines1, length1, halves1}, samples + blockIdx.y * gridDim.x);
+__global__ void __launch_bounds__(256)
+sample_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
+    int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
+    int* halves1, int* __restrict__ samples) {
+    if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
+    if (blockIdx.y == 1) Split1::sample({x1, stride1, lines1, length1, halves1}, samples + blockIdx.y * gridDim.x);
 }
 
-}  // namespace fused_sample_2_f16x2
+}  // namespace fused_sample_f16x2_f16x2
 
-namespace fused_split_2_f16x2 {
+namespace fused_split_f16x2_f16x2 {
 
-using Split = fusewright::SplitF16</*Planes*/2>;
+using Split0 = fusewright::SplitF16</*Planes*/2>;
+using Split1 = fusewright::SplitF16</*Planes*/2>;
 
 // float32 → fp16 halves, and the largest magnitude of every line and column.
-__global__ void __launch_bounds__(Split::kThreads)
-split_2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
-    const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1, int* halves1,
-    const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
+__global__ void __launch_bounds__(256)
+split_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
+    int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
+    int* halves1, const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
     int64_t block = blockIdx.x;
-    if (block < blocks0) return Split::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
+    if (block < blocks0) return Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
     block -= blocks0;
-    Split::split({x1, stride1, lines1, length1, halves1}, samples + 1 * samples_each, int(samples_each), block, blocks1);
+    Split1::split({x1, stride1, lines1, length1, halves1}, samples + 1 * samples_each, int(samples_each), block, blocks1);
 }
 
-}  // namespace fused_split_2_f16x2
+}  // namespace fused_split_f16x2_f16x2
 
 namespace fused_addmm_mul_leaky_relu {
 
@@ -1802,32 +1831,32 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
 
 }  // namespace backward_leaky_relu_backward_mul_sum
 
-namespace backward_sample_1_f16x2 {
+namespace backward_sample_f16x2 {
 
-using Split = fusewright::SplitF16</*Planes*/2>;
+using Split0 = fusewright::SplitF16</*Planes*/2>;
 
 // Looks at a sample of each matrix, for its power of two.
-__global__ void __launch_bounds__(Split::kThreads)
-sample_1_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+__global__ void __launch_bounds__(256)
+sample_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     int* __restrict__ samples) {
-    if (blockIdx.y == 0) Split::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
+    if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
 }
 
-}  // namespace backward_sample_1_f16x2
+}  // namespace backward_sample_f16x2
 
-namespace backward_split_1_f16x2 {
+namespace backward_split_f16x2 {
 
-using Split = fusewright::SplitF16</*Planes*/2>;
+using Split0 = fusewright::SplitF16</*Planes*/2>;
 
 // float32 → fp16 halves, and the largest magnitude of every line and column.
-__global__ void __launch_bounds__(Split::kThreads)
-split_1_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
+__global__ void __launch_bounds__(256)
+split_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
     int64_t block = blockIdx.x;
-    Split::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
+    Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
 }
 
-}  // namespace backward_split_1_f16x2
+}  // namespace backward_split_f16x2
 
 namespace backward_mm {
 
@@ -2106,13 +2135,13 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
         at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_2_f16x2::sample_2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_2_f16x2::split_2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0,
-            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192,
-            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 16 * (std::min<int64_t>(66, (batch + 7) / 8)),
-            1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
+            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
+            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
+            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2159,13 +2188,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
         at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_2_f16x2::sample_2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_2_f16x2::split_2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0,
-            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192,
-            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 16 * (std::min<int64_t>(66, (batch + 7) / 8)),
-            1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
+            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
+            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
+            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2227,9 +2256,9 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
     if (wanted[0] || wanted[2]) {  // encode t1
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(t1), 8192, batch, 8192,
+        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(t1), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_1_f16x2::split_1_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
+        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
             pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
@@ -2286,9 +2315,9 @@ at::Tensor fusewright_split(const at::Tensor& weight_) {
     {  // encode weight
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
         at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
             pointer<int32_t>(halves1), pointer<int32_t>(samples));
-        launch(backward_split_1_f16x2::split_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+        launch(backward_split_f16x2::split_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
             pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 1056);
     }
 
@@ -2321,9 +2350,9 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
     {  // encode x
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_1_f16x2::sample_1_f16x2, 1056, 1, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_1_f16x2::split_1_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
+        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
             pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
@@ -2400,7 +2429,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2408,7 +2437,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2429,7 +2458,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2438,7 +2467,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2452,7 +2481,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2464,13 +2493,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_fe0b0865fef2::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_835d82d46cfe::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_835d82d46cfe, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2478,7 +2507,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_835d82d46cfe, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2486,7 +2515,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_835d82d46cfe, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2494,7 +2523,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_fe0b0865fef2, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_835d82d46cfe, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2508,7 +2537,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_fe0b0865fef2",
+        name="fusewright_gemm_multiply_leakyrelu_835d82d46cfe",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2538,9 +2567,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_835d82d46cfe.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_835d82d46cfe.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2552,7 +2581,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_fe0b0865fef2.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_835d82d46cfe.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

@@ -87,7 +87,10 @@ PATCH = (_PATCH, _SIMT.threads, _SIMT.shared_bytes)
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """The constants of one instantiation; see `gemm_sm90.cuh`. major_a, major_b: "K" or "MN"."""
+    """The constants of one instantiation; see `gemm_sm90.cuh`. major_a, major_b: "K" or "MN".
+
+    registers: of `gemm_sm90_registers.cuh`. Then a is float32, and the result is the transposed product [N, M].
+    """
 
     element: str = "__half"
     products: int = 1
@@ -100,6 +103,7 @@ class GemmConfig:
     group: int = 8
     vector: int = 4
     scaled: bool = False
+    registers: bool = False
     out: str = "float"
     aligned: bool = True  # the result's rows are
     spin_limit: int = 0
@@ -108,13 +112,14 @@ class GemmConfig:
     def shared_bytes(self) -> int:
         """As `GemmSm90::kSharedBytes`."""
         planes = 2 if self.products == 3 else 1
-        stage = planes * sum(self.tile) * 128
+        m, n = self.tile
+        stage = planes * (m * (2 if self.registers else 1) + n) * 128
         return self.stages * stage + 8 * 16 * 8 * self.vector * 4 + 2 * self.stages * 8 + 1024
 
     def source(self) -> str:
         """Returns the translation unit; its kernel is named `gemm`."""
         debug = f"#define FUSEWRIGHT_SPIN_LIMIT {self.spin_limit}\n" if self.spin_limit else ""
-        return f"""{debug}#include "gemm_sm90.cuh"
+        return f"""{debug}#include "gemm_sm90{"_registers" if self.registers else ""}.cuh"
 using Out = {self.out};
 constexpr bool kAligned = {str(self.aligned).lower()};
 {EPILOGUE}
@@ -127,14 +132,14 @@ struct Config {{
     static constexpr fusewright::Major kMajorB = fusewright::Major::{self.major_b};
     static constexpr bool kScaled = {str(self.scaled).lower()};
 }};
-using Gemm = fusewright::GemmSm90<Config>;
+using Gemm = fusewright::GemmSm90{"Registers" if self.registers else ""}<Config>;
 static_assert(Gemm::kSharedBytes == {self.shared_bytes});
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
 gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, int64_t M,
      int64_t N, int64_t K, const int* __restrict__ exponent_a, const int* __restrict__ exponent_b,
      const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
     Gemm::run({{a, b, M, N, K, {{exponent_a, nullptr}}, {{exponent_b, nullptr}}}},
-              Epilogue{{bias, out, N, factor, slope}});
+              Epilogue{{bias, out, {"M" if self.registers else "N"}, factor, slope}});
 }}
 """
 
@@ -300,7 +305,7 @@ class Gemm:
     ) -> Any:
         """Returns a function without arguments that launches on these tensors."""
         c = self.config
-        M, N = out.shape
+        M, N = reversed(out.shape) if c.registers else out.shape
         K = k if k is not None else a.shape[-1] if c.major_a == "K" else a.shape[-2]
         clusters = -(-M // (c.tile[0] * c.cluster)) * -(-N // c.tile[1])
         args = [tensor_map(a), tensor_map(b), M, N, K, *exponents, bias, out, factor, slope]

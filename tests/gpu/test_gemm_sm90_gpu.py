@@ -46,10 +46,22 @@ class Always(HalfProducts):
         return 0.0
 
 
-def sm90(function: Callable[..., Any], tf32: bool = False, tile: str | None = None) -> Callable[..., Any]:
+class Rounded(Always):
+    """And rounds right operands in registers."""
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        return 0.0
+
+    def split(self, elements: float) -> float:
+        return 1e-3
+
+
+def sm90(
+    function: Callable[..., Any], tf32: bool = False, tile: str | None = None, rounded: bool = False
+) -> Callable[..., Any]:
     """`function` with every product by the family (in tiles of `tile`), in forward and backward."""
     target, device = GpuTarget.of(torch.device("cuda")), torch.device("cuda", 0)
-    always = Always(target.chip, tf32, library=False)
+    always = (Rounded if rounded else Always)(target.chip, tf32, library=False)
 
     def compiler_of(capabilities: HalfProducts | None) -> Callable[..., Any]:
         def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -91,17 +103,28 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("majors", ["KK", "KM", "MK", "MM"])
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "f16x3", "f16x1"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "f16x3", "f16x1", "registers"])
 def test_product_with_epilogue(kind: str, majors: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
-    tolerance = TF32_TOLERANCE if kind == "f16x1" else TOLERANCE[dtype]
+    tf32 = kind in ("f16x1", "registers")
+    tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[dtype]
     for m, n, k in SHAPES:
         x, w = operand(m, k, majors[0] == "M", dtype), operand(k, n, majors[1] == "K", dtype)
         bias = random(n, dtype=dtype)
-        call = sm90(headline_of, tf32=kind == "f16x1")
+        call = sm90(headline_of, tf32=tf32, rounded=kind == "registers")
         found = call(x, w, bias)
         assert relative(found, headline_of(x.double(), w.double(), bias.double())) < tolerance, (m, n, k)
         assert torch.equal(found, call(x, w, bias))
+
+
+@pytest.mark.parametrize("majors", ["KK", "KM", "MK", "MM"])
+def test_rounding_in_registers_gives_the_bits_of_planes(majors: str) -> None:
+    """Whatever the tile: the same halves and the same sums."""
+    for m, n, k in SHAPES:
+        x, w = operand(m, k, majors[0] == "M", torch.float32), operand(k, n, majors[1] == "K", torch.float32)
+        expected = sm90(product, tf32=True)(x, w)
+        for tile in ("256×128×64 in registers", "128×128×64 in registers"):
+            assert torch.equal(sm90(product, tf32=True, tile=tile, rounded=True)(x, w), expected), (m, n, k, tile)
 
 
 @pytest.mark.parametrize("tile", ["128×256×64", "256×128×64", "128×128×64"])
@@ -138,9 +161,11 @@ def test_pointers_that_are_not_aligned(dtype: torch.dtype) -> None:
 
     x, w, bias = shifted(264, 520), shifted(520, 392), shifted(1, 392).view(-1)
     exact = headline_of(x.double(), w.double(), bias.double())
-    call = sm90(headline_of)
-    assert relative(call(x, w, bias), exact) < TOLERANCE[dtype]
-    assert relative(call(x.clone(), w.clone(), bias), exact) < TOLERANCE[dtype]
+    for rounded in (False, True) if dtype == torch.float32 else (False,):
+        call = sm90(headline_of, tf32=rounded, rounded=rounded)
+        tolerance = TF32_TOLERANCE if rounded else TOLERANCE[dtype]
+        assert relative(call(x, w, bias), exact) < tolerance
+        assert relative(call(x.clone(), w.clone(), bias), exact) < tolerance
 
 
 @pytest.mark.parametrize("k", [128, 512, 4096])
@@ -195,10 +220,10 @@ def specials() -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize(("tf32", "rounded"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_special_values_as_in_eager(transposed: bool, tf32: bool) -> None:
-    call = sm90(product, tf32)  # one executable: nothing of one call stays for the next
+def test_special_values_as_in_eager(transposed: bool, tf32: bool, rounded: bool) -> None:
+    call = sm90(product, tf32, rounded=rounded)  # one executable: nothing of one call stays for the next
     for name, (x, w) in specials().items():
         if transposed:
             x, w = x.T.contiguous().T, w.T.contiguous().T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,21 @@ class Always(HalfProducts):
     def gain(self, m: float, n: float, k: float) -> float:
         return 1.0
 
+    def registers(self, m: float, n: float, k: float) -> float:
+        return math.inf
 
-def plan_of(function: Callable[..., Any], *inputs: torch.Tensor, tf32: bool = False) -> FusionPlan:
-    call, record = planned(function, Always(H200, tf32, library=False))
+
+class Rounded(Always):
+    """And rounds right operands in registers."""
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        return 0.0
+
+
+def plan_of(
+    function: Callable[..., Any], *inputs: torch.Tensor, tf32: bool = False, kind: type[Always] = Always
+) -> FusionPlan:
+    call, record = planned(function, kind(H200, tf32, library=False))
     call(*inputs)
     return record.plans[0]
 
@@ -42,12 +55,20 @@ def operand(rows: int, columns: int, transposed: bool, dtype: torch.dtype) -> to
     return torch.randn(columns, rows, dtype=dtype).T if transposed else torch.randn(rows, columns, dtype=dtype)
 
 
-def product(dtype: torch.dtype, majors: str = "KK", m: int = M, n: int = N, k: int = K, tf32: bool = False) -> Region:
+def product(
+    dtype: torch.dtype,
+    majors: str = "KK",
+    m: int = M,
+    n: int = N,
+    k: int = K,
+    tf32: bool = False,
+    kind: type[Always] = Always,
+) -> Region:
     """(x · wᵀ + bias) · 2 through a LeakyReLU; majors: of x and w."""
     x, w = operand(m, k, majors[0] == "M", dtype), operand(n, k, majors[1] == "M", dtype)
     bias = torch.randn(n, dtype=dtype)
-    (region,) = plan_of(lambda x, w, b: F.leaky_relu(F.linear(x, w, b) * 2, 0.1), x, w, bias, tf32=tf32).regions
-    return region
+    plan = plan_of(lambda x, w, b: F.leaky_relu(F.linear(x, w, b) * 2, 0.1), x, w, bias, tf32=tf32, kind=kind)
+    return plan.regions[0]
 
 
 def best(region: Region) -> Program:
@@ -95,15 +116,39 @@ def test_float32_products_read_halves_and_are_patched(tf32: bool, majors: str) -
         check_compiles(launch)
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("count", [1, 2])
-def test_encodings_of_a_step_are_two_launches(count: int, planes: int) -> None:
-    matrices = tuple(Matrix(f"x{i}", torch.float32, (M, K), (K, 1)) for i in range(count))
-    results = tuple(Encoded(f"halves{i}", Halves(M, K, planes)) for i in range(count))
+@pytest.mark.parametrize(("majors", "tile"), [("KK", 0), ("KM", 0), ("MM", 0), ("KK", 1)])
+def test_weights_that_are_rounded_in_registers(majors: str, tile: int) -> None:
+    """The kernel reads the weight itself; what it has of its halves is the exponent."""
+    region = product(torch.float32, majors, tf32=True, kind=Rounded)
+    programs = {p.variant: p for p in GemmSm90().programs(region, H200)}
+    assert programs.keys() == {"256×128×64 in registers", "128×128×64 in registers"}
+    program = programs[f"{(256, 128)[tile]}×128×64 in registers"]
+    launch, patch = program.launches
+    a, b = (arg for arg in launch.args if isinstance(arg, TensorMapArg))
+    assert (a.dtype, a.box) == (torch.float16, (64, 64, 1)) and (b.dtype, b.box) == (torch.float32, (32, 64, 1))
+    assert b.dims == ((K, N, 1) if majors[1] == "K" else (N, K, 1))
+    assert launch.shared_bytes <= H200.shared_bytes
+    for one in (launch, patch):
+        check_compiles(one)
+    marked = launch.unaligned and launch.unaligned.unaligned
+    assert marked and marked.kernel.endswith("_mark") and patch.unaligned
+
+
+@pytest.mark.parametrize("planes", [(1,), (2,), (2, 2), (1, 0)])
+def test_encodings_of_a_step_are_two_launches(planes: tuple[int, ...]) -> None:
+    matrices = tuple(Matrix(f"x{i}", torch.float32, (M, K), (K, 1)) for i in range(len(planes)))
+    results = tuple(Encoded(f"halves{i}", Halves(M, K, p)) for i, p in enumerate(planes))
     program = encode_program(Encode("encode", matrices, results), H200)
     assert len(program.launches) == 2
     for launch in program.launches:
         check_compiles(launch)
+
+
+def test_rounding_in_registers_pays_where_few_products_read_a_weight() -> None:
+    halves = HalfProducts(H200, tf32=True, library=True)
+    longer, split = halves.registers(1024, 8192, 8192), halves.split(8192 * 8192)
+    assert longer < split < 3 * longer  # forward alone, or with the input's gradient
+    assert HalfProducts(H200, tf32=False, library=True).registers(1024, 8192, 8192) == math.inf
 
 
 def test_float32_products_that_are_not_split_are_left_to_others() -> None:

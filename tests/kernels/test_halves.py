@@ -35,12 +35,24 @@ class Always(HalfProducts):
         return 0.0
 
 
-def simulated(function: Callable[..., Any], tf32: bool = False) -> Callable[..., Any]:
+class Rounded(Always):
+    """And rounds right operands in registers."""
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        return 0.0
+
+    def split(self, elements: float) -> float:
+        return 1e-3
+
+
+def simulated(function: Callable[..., Any], rounded: bool = False) -> Callable[..., Any]:
     target, device = SimulatorTarget(CHIPS["sm_90a"]), torch.device("cpu")
-    always = Always(target.chip, tf32, library=False)
+    always = (Rounded if rounded else Always)(target.chip, rounded, library=False)
 
     def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any], capabilities: Any = None) -> Any:
         plan = compiler.plan(from_fx(module), (), capabilities)
+        if rounded:
+            assert all(r.gemm.encoded[1].halves.planes == 0 for r in plan.regions if r.gemm)
         programs = {n: p[0] for n, p in candidates(plan, target.chip, library=False, tensor_maps=True).items()}
         assert all(programs[r.name].family == "gemm_sm90" for r in plan.regions if r.gemm)
         return make_boxed_func(Executable(plan, programs, target, device))
@@ -57,6 +69,12 @@ def simulated(function: Callable[..., Any], tf32: bool = False) -> Callable[...,
 @pytest.fixture(scope="module")
 def product() -> Callable[[Tensor, Tensor], Tensor]:
     return simulated(torch.matmul)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Callable[[Tensor, Tensor], Tensor]:
+    """Of w, whose columns are rows to it, read across k."""
+    return simulated(torch.matmul, rounded=True)  # type: ignore[no-any-return]
 
 
 def error(found: Tensor, x: Tensor, w: Tensor) -> float:
@@ -114,3 +132,43 @@ def test_what_halves_cannot_hold_is_computed_again(
     x, w = operands()
     change(x, w)
     assert error(product(x, w), x, w) < 1e-6  # without: 2e-4 and more
+
+
+def infinite(x: Tensor, w: Tensor) -> None:
+    w[7, 5], x[3, 7] = math.inf, 0
+
+
+def huge_column(x: Tensor, w: Tensor) -> None:
+    w[:, 9] *= 2.0**60
+
+
+@pytest.mark.parametrize("change", [infinite, huge_column, tiny_column, opposed_column])
+def test_what_is_rounded_in_registers_is_watched_too(
+    rounded: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor], None]
+) -> None:
+    x, w = operands()
+    change(x, w)
+    found, expected = rounded(x, w), x @ w
+    assert torch.equal(found.isnan(), expected.isnan())
+    sound = expected.isfinite().all(0)
+    assert error(found[:, sound], x, w[:, sound]) < 1e-6  # the whole tile is computed again
+
+
+def test_a_column_that_is_not_a_number_needs_no_patch(rounded: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = operands()
+    w[7, 5] = math.nan
+    found = rounded(x, w)
+    assert torch.equal(found.isnan(), (x @ w).isnan())
+    rest = [i for i in range(N) if i != 5]
+    assert 1e-6 < error(found[:, rest], x, w[:, rest]) < 5e-4
+
+
+def test_a_weight_read_along_k_and_one_that_is_not_aligned() -> None:
+    product = simulated(torch.nn.functional.linear, rounded=True)
+    x, w = operands()
+    found = product(x, w.T.contiguous())
+    assert 1e-6 < error(found, x, w) < 5e-4
+    w[:, 9] *= 2.0**-60
+    assert error(product(x, w.T.contiguous()), x, w) < 1e-6
+    shifted = torch.empty(N * K + 1)[1:].view(N, K).copy_(torch.randn(N, K))
+    assert error(product(x, shifted), x, shifted.T) < 1e-6  # left to the patch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,17 @@ M, K, N = 16, 24, 40
 
 
 class Costs:
-    """Products of at least `least` k gain one second; splits take `share` seconds an element."""
+    """Products of at least `least` k gain one second, less `registers` where they round their right operand in
+    registers; splits take `share` seconds an element."""
 
-    def __init__(self, planes: int = 2, least: int = 0, share: float = 0.0) -> None:
-        self.planes, self.least, self.share = planes, least, share
+    def __init__(self, planes: int = 2, least: int = 0, share: float = 0.0, registers: float = math.inf) -> None:
+        self.planes, self.least, self.share, self.longer = planes, least, share, registers
 
     def gain(self, m: float, n: float, k: float) -> float:
         return 1.0 if k >= self.least else -1.0
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        return self.longer
 
     def split(self, elements: float) -> float:
         return self.share * elements
@@ -149,8 +154,10 @@ def test_an_encoding_of_something_else_is_illegal() -> None:
     for inputs, attributes in (
         ((a, b, second, first), dict(matmul.attributes)),
         ((a, b, first), dict(matmul.attributes)),
-        ((a, b, first, second), {"planes": 1, "transposed": (False, True)}),
-        ((a, b, first, second), {"planes": 2, "transposed": (False, False)}),
+        ((a, b, first, second), {"planes": (1, 1), "transposed": (False, True)}),
+        ((a, b, first, second), {"planes": (2, 2), "transposed": (False, False)}),
+        ((a, b, first, second), {"planes": (2, 0), "transposed": (False, True)}),
+        ((a, b, first, second), {"planes": (0, 2), "transposed": (False, True)}),
     ):
         broken = Node("matmul", inputs, tuple(sorted(attributes.items())), matmul.type)
         with pytest.raises(AssertionError, match="matmul"):
@@ -169,3 +176,66 @@ def test_frozen_parameters_cost_nothing_and_have_steps_of_their_own() -> None:
         (("x1",), False),
         (("x2",), True),
     ]
+
+
+# ---- Operands that are rounded in registers
+
+# A weight's split takes a second; rounding it takes less for one product, more for two.
+ROUNDED = Costs(1, share=1 / (N * K), registers=0.6)
+
+
+def planes(plan: FusionPlan) -> list[tuple[int, int]]:
+    """Of both operands of each product."""
+    return [
+        (r.gemm.encoded[0].halves.planes, r.gemm.encoded[1].halves.planes)
+        for r in plan.regions
+        if r.gemm and r.gemm.encoded
+    ]
+
+
+def test_a_weight_that_one_product_reads_is_rounded_in_registers() -> None:
+    (plan,) = plans(linear, torch.randn(M, K), torch.randn(N, K), costs=ROUNDED)
+    assert planes(plan) == [(1, 0)]
+    (encode,) = plan.encodes  # whose exponents come of one look at both
+    assert [r.halves.planes for r in encode.results] == [1, 0]
+    assert plan.buffers[encode.results[1].buffer].shape == (1,)
+
+
+def test_a_weight_that_several_products_read_is_split_once() -> None:
+    x, y, w = torch.randn(M, K), torch.randn(M, K), torch.randn(N, K)
+    (plan,) = plans(lambda x, y, w: (x @ w.T, y @ w.T), x, y, w, costs=ROUNDED)
+    assert planes(plan) == [(1, 1), (1, 1)]
+    assert sum(len(s) for s in split(plan)) == 3
+    cheap = Costs(1, share=1 / (N * K), registers=0.4)
+    (plan,) = plans(lambda x, y, w: (x @ w.T, y @ w.T), x, y, w, costs=cheap)
+    assert planes(plan) == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("longer", "weight"), [(0.4, 0), (0.6, 1)])
+def test_of_a_training_step_the_weight_alone_may_be_rounded(longer: float, weight: int) -> None:
+    """x is the right operand of the weight's gradient, but the left one of forward."""
+    forward, backward = plans(linear, leaf(M, K), leaf(N, K), costs=Costs(1, share=1 / (N * K), registers=longer))
+    assert planes(forward) == [(1, weight)]
+    assert sorted(planes(backward)) == sorted([(1, weight), (1, 1)])
+    assert [len(s) for s in split(backward)] == [1]  # what the weight's exponent is has been kept
+
+
+def test_lines_must_be_copied_in_bulk() -> None:
+    costs = Costs(1, share=0.5 / (N * K), registers=0.3)
+    for k, weight in ((K, 0), (K + 1, 1)):
+        (plan,) = plans(linear, torch.randn(M, k), torch.randn(N, k), costs=costs)
+        assert planes(plan) == [(1, weight)]
+
+
+def test_a_product_of_a_matrix_with_itself_has_planes() -> None:
+    (plan,) = plans(lambda x: x @ x.T, torch.randn(M, K), costs=Costs(1, registers=0.0))
+    assert planes(plan) == [(1, 1)]
+
+
+def test_what_is_kept_is_not_rounded_again() -> None:
+    from fusewright import compiler
+
+    call, record = planned(linear)
+    call(torch.randn(M, K), torch.randn(N, K))
+    assert planes(compiler.plan(record.graphs[0], (), ROUNDED)) == [(1, 0)]
+    assert planes(compiler.plan(record.graphs[0], (), ROUNDED, kept=(1,))) == [(1, 1)]

@@ -68,7 +68,7 @@ _REGISTERS = _PRODUCT.replace("NAME", "from_registers").replace("SUMS", "64").re
         for (int i = 0; i < 4; ++i)
             fragment[i] = reinterpret_cast<uint32_t*>(shared + a * 16)[(row + i % 2 * 8) * 8 + i / 2 * 4 + k];
         wgmma_fence();
-        wgmma_registers(sums, fragment, b + base + step * b_step, accumulate || step > 0);
+        wgmma_registers<Major::K>(sums, fragment, b + base + step * b_step, accumulate || step > 0);
         wgmma_commit();
         wgmma_wait<0>();""",
 )  # fmt: skip

@@ -141,8 +141,8 @@ BUGS: Mapping[str, Bug] = {
     ),
     "factors_overwritten": Bug(
         errors.OperandInFlight,
-        READY + "uint32_t a[4] = {1, 2, 3, 4};\nwgmma_fence();\nwgmma_registers(sums, a, y, false);\nwgmma_commit();\n"
-        "a[thread % 4] = 0;  // BUG\nwgmma_wait<0>();\nout[a[1]] = sums[0];\n",
+        READY + "uint32_t a[4] = {1, 2, 3, 4};\nwgmma_fence();\nwgmma_registers<Major::K>(sums, a, y, false);\n"
+        "wgmma_commit();\na[thread % 4] = 0;  // BUG\nwgmma_wait<0>();\nout[a[1]] = sums[0];\n",
         0,
         ("writes registers", "reading"),
     ),

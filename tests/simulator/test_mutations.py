@@ -262,12 +262,66 @@ def gemm_sm90(simulator: Simulator) -> None:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+GEMM_SM90_REGISTERS = """#include "gemm_sm90_registers.cuh"
+struct Config {
+    using Element = __half;
+    static constexpr int kProducts = 1, kTileM = 128, kTileN = 128, kStages = 2, kCluster = 1;
+    static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
+    static constexpr fusewright::Major kMajorA = fusewright::Major::MAJOR, kMajorB = fusewright::Major::K;
+    static constexpr bool kScaled = true;
+};
+struct Epilogue {
+    float* out;
+    int64_t pitch;
+    template <int V>
+    __device__ __forceinline__ void operator()(int64_t m, int64_t n, int count, const float (&sums)[V]) const {
+        fusewright::store(out + m * pitch + n, 1, sums, count);
+    }
+};
+using Gemm = fusewright::GemmSm90Registers<Config>;
+extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
+gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, float* out,
+     int64_t m, int64_t n, int64_t k, const int* exponent, const int* magnitudes, uint8_t* lost) {
+    Gemm::run({a, b, m, n, k, {exponent, nullptr}, {exponent, magnitudes}, lost}, Epilogue{out, m});
+}
+"""
+
+
+def gemm_sm90_registers(simulator: Simulator) -> None:
+    """As above, A read along k or across it; two of its rows are beyond the halves, and their warps say so."""
+    m, n, k = 120, 136, 200
+    launches = []
+    for major, lines, length in (("K", m, k), ("MN", k, m)):
+        args = (
+            TensorMapArg("a", torch.float32, (length, lines, 1), (length, k * m), (32, 64, 1)),
+            TensorMapArg("b", torch.float16, (k, n, 1), (k, k * n), (64, 64, 1)),
+            BufferArg("out", torch.float32, written=True),
+            *[SizeArg(0)] * 3,
+            *(BufferArg(name, torch.int32) for name in ("exponent", "magnitudes")),
+            BufferArg("lost", torch.uint8, written=True),
+        )
+        shared = 2 * (32768 + 16384) + 8 * 16 * 8 * 4 * 4 + 4 * 8 + 1024
+        source = GEMM_SM90_REGISTERS.replace("MAJOR", major)
+        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared))
+    a, b, exponent = torch.randn(m, k), torch.randn(n, k).half(), torch.zeros(1, dtype=torch.int32)
+    a[20], a[50] = a[20] * 2.0**-9, a[50] * 2.0**30  # small sums beside the largest of b, in the second warp
+    magnitudes = b.float().abs().amax(1)
+    magnitudes[60] = 2.0**11
+    for kernel, stored in zip(simulator.load(launches), (a, a.T.contiguous()), strict=True):
+        out, lost = torch.zeros(n, m), torch.full((2, 8), 7, dtype=torch.uint8)
+        kernel([stored, b, out, m, n, k, exponent, magnitudes.view(torch.int32), lost], (1, 1, 1))
+        rest = [i for i in range(m) if i != 50]
+        torch.testing.assert_close(out[:, rest].double(), b.double() @ a[rest].half().double().T, rtol=1e-5, atol=1e-4)
+        assert lost.tolist() == [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
+
+
 RUNS: Mapping[str, Callable[[Simulator], None]] = {
     "gemm_simt.cuh": gemm,
     "gemm_skinny.cuh": gemm_skinny,
     "column_sum.cuh": column_sum,
     "split_f16.cuh": split_f16,
     "gemm_sm90.cuh": gemm_sm90,
+    "gemm_sm90_registers.cuh": gemm_sm90_registers,
 }
 
 

@@ -42,22 +42,19 @@ template <class Config> struct GemmSm90 {
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
     static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
     static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
-    static constexpr int kStageBytes = kPlanes * (kPlaneA + kPlaneB);
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
-    static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
-    static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
 
     static constexpr int kBlocksM = kPanelsA / kConsumers, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums a thread
-    static_assert(kPanelsB % kCluster == 0 && kSharedBytes <= 232448);
+    static_assert(kPanelsB % kCluster == 0);
     static_assert(!kThreeProducts || (kBlocksM == 1 && kSums == 64), "three products fill the registers at 128 × 128");
 
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see note_lost)
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see loses_bits)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -72,15 +69,22 @@ template <class Config> struct GemmSm90 {
         }
     };
 
-    struct Memory {
+    // Shared memory: the stages, the slabs, the barriers. kBytesA: of A in a stage.
+    template <int kBytesA> struct MemoryFor {
+        static constexpr int kStageBytes = kBytesA + kPlanes * kPlaneB;
+        static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
+        static constexpr int kBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
+        static_assert(kBytes <= 232448);
         unsigned char* base;
 
         __device__ unsigned char* a(int stage) const { return base + stage * kStageBytes; }
-        __device__ unsigned char* b(int stage) const { return a(stage) + kPlanes * kPlaneA; }
+        __device__ unsigned char* b(int stage) const { return a(stage) + kBytesA; }
         __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
         __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
         __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
     };
+    using Memory = MemoryFor<kPlanes * kPlaneA>;
+    static constexpr int kSharedBytes = Memory::kBytes;
 
     // The tiles of this block, in the order in which it computes them; both roles walk the same.
     struct Tiles {
@@ -104,23 +108,25 @@ template <class Config> struct GemmSm90 {
     };
 
     // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kCluster; kThreads threads; kSharedBytes.
-    template <class Epilogue>
+    // Kernel: whose memory, loads and consumers these are, for kernels that share the rest.
+    template <class Kernel = GemmSm90, class Epilogue>
     __device__ __forceinline__ static void run(const Operands& operands, const Epilogue& epilogue) {
         extern __shared__ unsigned char shared[];
-        const Memory memory{shared + (-shared_address(shared) & 1023)};
+        const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
-            if (threadIdx.x == 0) produce(operands, memory);
+            if (threadIdx.x == 0) produce<Kernel>(operands, memory);
         } else {
             registers_acquire<kConsumerRegisters>();
-            consume(operands, memory, epilogue);
+            Kernel::consume(operands, memory, epilogue);
         }
         // A block stays until nobody in the cluster can still arrive at its barriers or copy to its memory.
         if constexpr (kCluster > 1) cluster_sync();
     }
 
-    __device__ __forceinline__ static void setup(const Operands& operands, const Memory& memory) {
+    template <class AnyMemory>
+    __device__ __forceinline__ static void setup(const Operands& operands, const AnyMemory& memory) {
         if (threadIdx.x == 0) {
             tensor_map_prefetch(&operands.a);
             tensor_map_prefetch(&operands.b);
@@ -136,41 +142,49 @@ template <class Config> struct GemmSm90 {
 
     // ---- Producer ---------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ static void produce(const Operands& operands, const Memory& memory) {
+    template <class Kernel>
+    __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory) {
         Ring ring;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
             const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
             for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
                 mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);  // the first round finds every stage empty
-                mbarrier_arrive_expect_tx(memory.full(ring.stage), kStageBytes);
-                load(operands, memory, ring.stage, m, n, k_tile * kTileK);
+                mbarrier_arrive_expect_tx(memory.full(ring.stage), memory.kStageBytes);
+                Kernel::load_a(operands, memory, ring.stage, m, k_tile * kTileK);
+                load_b(operands, memory, ring.stage, n, k_tile * kTileK);
             }
         }
     }
 
-    __device__ __forceinline__ static void load(const Operands& operands, const Memory& memory, int stage, int m, int n,
-                                                int k) {
-        uint64_t* full = memory.full(stage);
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
+    __device__ __forceinline__ static void load_a(const Operands& operands, const Memory& memory, int stage, int m,
+                                                  int k) {
 #pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) {
+        for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int panel = 0; panel < kPanelsA; ++panel) {
                 const int row = m + panel * kPanel;
-                tensor_load(memory.a(stage) + plane * kPlaneA + panel * kPanelBytes, &operands.a, full,
+                tensor_load(memory.a(stage) + plane * kPlaneA + panel * kPanelBytes, &operands.a, memory.full(stage),
                             kMajorA == Major::K ? k : row, kMajorA == Major::K ? row : k, plane);
             }
+    }
+
+    template <class AnyMemory>
+    __device__ __forceinline__ static void load_b(const Operands& operands, const AnyMemory& memory, int stage, int n,
+                                                  int k) {
+        const int rank = kCluster > 1 ? cluster_rank() : 0;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
                 const int panel = part + rank, column = n + panel * kPanel;
                 unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
                     tensor_load_multicast(destination, &operands.b, full, x, y, plane, (1 << kCluster) - 1);
                 else
                     tensor_load(destination, &operands.b, full, x, y, plane);
             }
-        }
     }
 
     // ---- Consumers --------------------------------------------------------------------------------------------------
@@ -190,7 +204,8 @@ template <class Config> struct GemmSm90 {
                 compute(sums, ring, memory, group, operands.k_tiles());
             const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost) note_lost(sums, operands, m, n, operands.lost + tiles.tile() * kConsumerWarps);
+                if (operands.lost)
+                    note_lost(operands.lost + tiles.tile() * kConsumerWarps, loses_bits(sums, operands, m, n));
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -203,7 +218,8 @@ template <class Config> struct GemmSm90 {
         static constexpr uint32_t kStepB = (kMajorB == Major::K ? kStep * 2 : kStep * 128) >> 4;
         uint64_t a_, b_;
 
-        __device__ Stage(const Memory& memory, int stage, int group)
+        template <class AnyMemory>
+        __device__ Stage(const AnyMemory& memory, int stage, int group)
             : a_(matrix_descriptor(memory.a(stage) + group * kBlocksM * kPanelBytes, kPanelBytes)),
               b_(matrix_descriptor(memory.b(stage), kPanelBytes)) {}
         __device__ uint64_t a(int block, int step, int plane = 0) const {
@@ -352,9 +368,8 @@ template <class Config> struct GemmSm90 {
     // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
     // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
     // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static void note_lost(Sums& sums, const Operands& operands, int m, int n,
-                                                     uint8_t* lost_by_warp) {
-        const int lane = threadIdx.x % 32, row = m + uniform(threadIdx.x / 32 % 4) * 16;
+    __device__ __forceinline__ static bool loses_bits(Sums& sums, const Operands& operands, int m, int n) {
+        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
@@ -363,8 +378,11 @@ template <class Config> struct GemmSm90 {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        const bool lost = seldom && lost_line(sums, operands, row, n);
-        if (lane == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
+        return seldom && lost_line(sums, operands, row, n);
+    }
+
+    __device__ __forceinline__ static void note_lost(uint8_t* lost_by_warp, bool lost) {
+        if (threadIdx.x % 32 == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
     }
 
     // Whether the largest of some sums is within what is lost where operands are as large as these.

@@ -237,22 +237,24 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, b
 #undef FUSEWRIGHT_WGMMA
 }
 
-// The same with A (fp16) in registers and B K-major. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
+// The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
+template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n\t}"
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
                  : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
+template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;\n\t}"
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
                  : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8

@@ -23,7 +23,8 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. ir/encoding.py has the same arithmetic.
+// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
@@ -31,19 +32,21 @@ struct SplitLayout {
     __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
-    __device__ int64_t exponent() const { return column_magnitudes() + length; }
+    __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
 };
 
-// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product.
+// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product,
+// unless it finds them itself.
 struct SplitOperand {
     const int *exponent, *magnitudes;
 
     // by_line: the product's rows (or columns) are the lines of the matrix that was split.
     __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
-        return {halves + layout.exponent(), halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes())};
+        const int* magnitudes = halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes());
+        return {halves + layout.exponent(), layout.planes ? magnitudes : nullptr};
     }
     __device__ __forceinline__ bool out_of_range(int64_t i, int64_t count) const {
-        return split_out_of_range(i < count ? magnitudes[i] : 0, *exponent);
+        return split_out_of_range((magnitudes != nullptr) & (i < count) ? magnitudes[i] : 0, *exponent);
     }
 };
 
@@ -81,7 +84,7 @@ struct SplitMatrix {
     __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
 };
 
-// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision).
+// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision), 0 writes s alone.
 template <int kPlanes> struct SplitF16 {
     // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
     static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
@@ -95,9 +98,11 @@ template <int kPlanes> struct SplitF16 {
     // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
     // magnitudes that the split adds to.
     __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
-        int* magnitudes = m.halves + layout(m).line_magnitudes();
-        const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-        for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        if constexpr (kPlanes > 0) {
+            int* magnitudes = m.halves + layout(m).line_magnitudes();
+            const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+            for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
+        }
         const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
         const uint32_t all = block_max(found);
         if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
@@ -133,8 +138,10 @@ template <int kPlanes> struct SplitF16 {
                                                  int64_t blocks) {
         const int exponent = choose_exponent(largest, count);
         if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
-        if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
-        else split<false>(m, split_scale(exponent), block, blocks);
+        if constexpr (kPlanes > 0) {
+            if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
+            else split<false>(m, split_scale(exponent), block, blocks);
+        }
     }
 
     // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.

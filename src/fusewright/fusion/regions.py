@@ -70,8 +70,10 @@ class RegionBuilder:
         if not encodings:
             return None
         a, b = (
-            Encoded(self.buffers[e].name, Halves.of(_turned(o.tensor.shape, t), product_node.attribute("planes")), t)
-            for o, e, t in zip(operands, encodings, product_node.attribute("transposed"), strict=True)
+            Encoded(self.buffers[e].name, Halves.of(_turned(o.tensor.shape, t), planes), t)
+            for o, e, planes, t in zip(
+                operands, encodings, product_node.attribute("planes"), product_node.attribute("transposed"), strict=True
+            )
         )
         return a, b
 

@@ -19,7 +19,8 @@ class Halves:
     """A float32 matrix of `lines` lines of `length` consecutive elements, as fp16 planes with a power of two in common.
 
     planes: hi and lo, or hi alone. The buffer is made of 32-bit words, in this order: the planes, [planes, lines,
-    padded] of fp16; the bits of the largest magnitude of every line, then of every column; the exponent.
+    padded] of fp16; the bits of the largest magnitude of every line, then of every column; the exponent. Without
+    planes it is the exponent alone: products read the matrix itself and round it in registers.
     """
 
     lines: Size
@@ -43,6 +44,8 @@ class Halves:
 
     @property
     def words(self) -> Size:
+        if not self.planes:
+            return 1
         return self.planes * self.lines * ((self.length + 7) // 8) * 4 + self.lines + self.length + 1
 
     def type(self, device: torch.device) -> TensorType:

@@ -86,8 +86,11 @@ def _matmul(node: Node) -> str | None:
         return None
     if len(encodings) != 2:
         return "one operand is encoded, the other is not"
-    for operand, encoding, transposed in zip(operands, encodings, node.attribute("transposed"), strict=True):
-        broken = _encodes(encoding, operand, transposed, node.attribute("planes"))
+    planes, transposed = node.attribute("planes"), node.attribute("transposed")
+    if not planes[0]:
+        return "the left operand is read in registers"
+    for operand in zip(encodings, operands, transposed, planes, strict=True):
+        broken = _encodes(*operand)
         if broken is not None:
             return broken
     return None

@@ -3,7 +3,8 @@
 16-bit operands are copied to shared memory as they lie. float32 operands are read as halves (`split_f16`), where the
 format stage had them made: two halves whose three products give float32's accuracy (F16x3), or, where torch's flags
 allow TF32, one of TF32's precision (F16x1). Tiles with rows or columns that the halves cannot hold are then computed
-again on the CUDA cores; the host is not told and does not wait.
+again on the CUDA cores; the host is not told and does not wait. A right operand that has no halves, since too few
+products read it, is rounded to one in registers: then the transposed product is computed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fusewright.kernels.split_f16 import (
     SplitOperand,
     lost_arg,
     lost_flags,
+    mark_lost,
     patch_guard,
     split_seconds,
 )
@@ -48,20 +50,24 @@ _LAUNCH, _EPILOGUE = 3e-6, 2e-6
 
 @dataclass(frozen=True)
 class Tile:
-    """What one block computes, and the stages of its ring. efficiency: share of the peak rate when the chip is full."""
+    """What one block computes, and the stages of its ring. efficiency: share of the peak rate when the chip is full.
+
+    registers: the right operand is rounded in registers.
+    """
 
     m: int
     n: int
     stages: int
     efficiency: float
+    registers: bool = False
 
     def __str__(self) -> str:
-        return f"{self.m}×{self.n}×{TILE_K}"
+        return f"{self.m}×{self.n}×{TILE_K}" + (" in registers" if self.registers else "")
 
     def shared_bytes(self, products: int, vector: int) -> int:
-        """As `GemmSm90::kSharedBytes`: the ring, the warps' slabs, the barriers, and room to align."""
+        """As `kSharedBytes` in the kernels: the ring, the warps' slabs, the barriers, and room to align."""
         planes = 2 if products == 3 else 1
-        ring = self.stages * planes * (self.m + self.n) * TILE_K * 2
+        ring = self.stages * planes * (self.m + self.n * (2 if self.registers else 1)) * TILE_K * 2
         return ring + 8 * 16 * 8 * vector * 4 + 2 * self.stages * 8 + 1024
 
 
@@ -70,6 +76,7 @@ TILES = {
     1: (Tile(128, 256, 4, 0.81), Tile(256, 128, 4, 0.80), Tile(128, 128, 6, 0.77)),
     3: (Tile(128, 128, 3, 0.80),),
 }
+IN_REGISTERS = (Tile(256, 128, 3, 0.67, registers=True), Tile(128, 128, 4, 0.50, registers=True))
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ class GemmSm90:
         gemm = region.gemm
         assert gemm is not None
         make = _split_program if gemm.encoded else _direct_program
-        programs = [make(self.name, region, tile, chip) for tile in TILES[_products(gemm)]]
+        tiles = IN_REGISTERS if _in_registers(gemm) else TILES[_products(gemm)]
+        programs = [make(self.name, region, tile, chip) for tile in tiles]
         return sorted(programs, key=lambda p: p.cost)
 
 
@@ -127,12 +135,19 @@ class HalfProducts:
     def gain(self, m: float, n: float, k: float) -> float:
         if k < _LEAST_K[self.products]:
             return -math.inf
-        return self._otherwise(m, n, k) - min(
-            _seconds(m, n, k, tile, self.products, self.chip) + _LAUNCH for tile in TILES[self.products]
-        )
+        return self._otherwise(m, n, k) - self._best(m, n, k, TILES[self.products]) - _LAUNCH
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        if self.products != 1:
+            return math.inf
+        longer = self._best(m, n, k, IN_REGISTERS) - self._best(m, n, k, TILES[1])
+        return max(0.0, longer) + split_seconds(k * n, 0, self.chip)
 
     def split(self, elements: float) -> float:
         return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
+
+    def _best(self, m: float, n: float, k: float, tiles: Sequence[Tile]) -> float:
+        return min(_seconds(m, n, k, tile, self.products, self.chip) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
         """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own."""
@@ -144,6 +159,11 @@ class HalfProducts:
 def _products(gemm: Gemm) -> int:
     """How many products of halves make one of the operands'."""
     return 3 if gemm.encoded and gemm.encoded[0].halves.planes == 2 else 1
+
+
+def _in_registers(gemm: Gemm) -> bool:
+    """Whether the right operand is rounded in registers."""
+    return gemm.encoded is not None and not gemm.encoded[1].halves.planes
 
 
 def _copies_in_bulk(operand: Operand) -> bool:
@@ -172,7 +192,7 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least, chip)
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
     seconds = _region_seconds(region, tile, chip) + _LAUNCH
-    workspaces = (lost_flags(blocks(a.extent, tile.m) * blocks(b.extent, tile.n)),)
+    workspaces = (lost_flags(_tiles(a, b, tile)),)
     return Program(family, region, launches, workspaces, seconds, variant=str(tile))
 
 
@@ -180,14 +200,15 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     """The product itself. wide: the epilogue uses accesses of several elements, for which pointers must be aligned."""
     gemm = region.gemm
     assert gemm is not None
-    vector, products = _vector(region), _products(gemm)
+    vector, products = 4 if tile.registers else _vector(region), _products(gemm)
+    left, right, sizes = (b, a, "NMK") if tile.registers else (a, b, "MNK")  # as the kernel takes them
     epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
     args: list[Arg] = [a.tensor_map(), b.tensor_map()]
     args += [SizeArg(s) for s in (a.extent, b.extent, gemm.a.shape[1])]
-    passed = ["{a", "b", "M", "N", "K"]
-    for operand in (a, b):
+    passed = [f"{{{left.name}", right.name, *sizes]
+    for operand in (left, right):
         if isinstance(operand, SplitOperand):
             declaration, arg = operand.parameter()
             operands.append(declaration)
@@ -208,12 +229,12 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     return LaunchSpec(
         kernel=region.name,
         source=translation_unit(
-            ("gemm_sm90.cuh", "scalar.cuh"),
+            ("gemm_sm90_registers.cuh" if tile.registers else "gemm_sm90.cuh", "scalar.cuh"),
             epilogue,
-            _instantiation(element, tile, products, vector, a, b),
+            _instantiation(element, tile, products, vector, left, right),
             "\n".join(kernel),
         ),
-        grid=(smaller(_tiles(a, b, tile), chip.multiprocessors), 1, 1),
+        grid=(smaller(_tiles(a, b, tile) * _one_or_none(gemm.a.shape[1]), chip.multiprocessors), 1, 1),
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=tile.shared_bytes(products, vector),
@@ -223,27 +244,33 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
 
 
 def _tiles(a: Operand, b: Operand, tile: Tile) -> Size:
-    """How many there are; none where there is nothing to sum."""
-    k = a.matrix.shape[1]
-    return blocks(a.extent, tile.m) * blocks(b.extent, tile.n) * (1 if isinstance(k, int) else sympy.Min(k, 1))
+    return blocks(a.extent, tile.m) * blocks(b.extent, tile.n)
+
+
+def _one_or_none(size: Size) -> Size:
+    """A factor that leaves no blocks where there is nothing to sum."""
+    return 1 if isinstance(size, int) else sympy.Min(size, 1)
 
 
 def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, epilogue: bool) -> LaunchSpec | None:
     """The launch for less aligned pointers: of the epilogue first, then of the operands, which needs the CUDA cores."""
     if epilogue:
         return _launch(region, tile, a, b, chip, wide=False)
+    if tile.registers:
+        return mark_lost(region.name, _tiles(a, b, tile))
     return None if isinstance(a, SplitOperand) else gemm_launch(region, _PATCH, wide=False)
 
 
 def _instantiation(element: str, tile: Tile, products: int, vector: int, a: Operand, b: Operand) -> str:
+    kernel, m, n = ("GemmSm90Registers", tile.n, tile.m) if tile.registers else ("GemmSm90", tile.m, tile.n)
     return f"""struct Config {{
     using Element = {element};
-    static constexpr int kProducts = {products}, kTileM = {tile.m}, kTileN = {tile.n}, kStages = {tile.stages};
+    static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {tile.stages};
     static constexpr int kCluster = 1, kPromote = {32 if products == 3 else TILE_K}, kGroup = 8, kVector = {vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
     static constexpr bool kScaled = {"true" if isinstance(a, SplitOperand) else "false"};
 }};
-using Gemm = fusewright::GemmSm90<Config>;
+using Gemm = fusewright::{kernel}<Config>;
 static_assert(Gemm::kThreads == {THREADS} && Gemm::kSharedBytes == {tile.shared_bytes(products, vector)});"""
 
 

@@ -21,7 +21,7 @@ from fusewright.kernels.gemm_simt import Guard, blocks, major, smaller
 
 FAMILY = "split_f16"
 HEADER = "split_f16.cuh"
-PANEL = 64  # rows and 16-bit columns of one bulk copy, 128 bytes
+PANEL, PANEL_BYTES = 64, 128  # lines of one bulk copy, and what it takes of each
 SAMPLES, LOST = "samples", "lost"
 
 # Of split_f16.cuh: threads of its kernels, columns and lines that a block of the split takes at a time.
@@ -74,7 +74,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class SplitOperand(Operand):
-    """A float32 operand whose halves are read in its place."""
+    """A float32 operand whose halves are read in its place, or which is rounded in registers where there are none."""
 
     encoded: Encoded
 
@@ -85,6 +85,8 @@ class SplitOperand(Operand):
 
     def tensor_map(self) -> TensorMapArg:
         h = self.encoded.halves
+        if not h.planes:
+            return super().tensor_map()
         return _tensor_map(self.encoded.buffer, torch.float16, h.length, h.lines, h.padded, h.planes)
 
     def parameter(self) -> tuple[str, Arg]:
@@ -102,9 +104,8 @@ class SplitOperand(Operand):
 def _tensor_map(
     buffer: str, dtype: torch.dtype, length: Size, lines: Size, stride: Size, planes: int, offset: Size = 0
 ) -> TensorMapArg:
-    return TensorMapArg(
-        buffer, dtype, (length, lines, planes), (stride, stride * lines), (PANEL, PANEL, 1), 128, offset
-    )
+    box = (PANEL_BYTES // dtype.itemsize, PANEL, 1)
+    return TensorMapArg(buffer, dtype, (length, lines, planes), (stride, stride * lines), box, 128, offset)
 
 
 # ---- Making halves
@@ -122,13 +123,13 @@ def encode_program(step: Encode, chip: Chip) -> Program:
 
 
 def split_seconds(elements: float, planes: int, chip: Chip) -> float:
-    """Predicted, for the sample and the split of a matrix."""
-    return elements * (4 * (1 + _SHARE) + 2 * planes) / (chip.bandwidth * _BANDWIDTH)
+    """Predicted, for the sample and the split of a matrix; without planes for the sample alone."""
+    return elements * (4 * ((planes > 0) + _SHARE) + 2 * planes) / (chip.bandwidth * _BANDWIDTH)
 
 
 def _sample(step: Encode, count: int) -> LaunchSpec:
     body = [
-        f"if (blockIdx.y == {i}) Split::sample({_matrix(i)}, samples + blockIdx.y * gridDim.x);"
+        f"if (blockIdx.y == {i}) Split{i}::sample({_matrix(i)}, samples + blockIdx.y * gridDim.x);"
         for i in range(len(step.matrices))
     ]
     text = _text(
@@ -144,7 +145,7 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     counts = [_split_blocks(r, chip) for r in step.results]
     body = ["int64_t block = blockIdx.x;"]
     for i in range(len(counts)):
-        run = f"Split::split({_matrix(i)}, samples + {i} * samples_each, int(samples_each), block, blocks{i});"
+        run = f"Split{i}::split({_matrix(i)}, samples + {i} * samples_each, int(samples_each), block, blocks{i});"
         last = i == len(counts) - 1
         body += [run] if last else [f"if (block < blocks{i}) return {run}", f"block -= blocks{i};"]
     parameters = ["const int* __restrict__ samples", "int64_t samples_each"]
@@ -158,6 +159,8 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
 
 
 def _split_blocks(result: Encoded, chip: Chip) -> Size:
+    if not result.halves.planes:
+        return 1
     strips = blocks(result.halves.length, _COLUMNS)
     filling = blocks(_SPLIT_BLOCKS * chip.multiprocessors, strips)
     return strips * smaller(blocks(result.halves.lines, _LINES), filling)
@@ -165,7 +168,7 @@ def _split_blocks(result: Encoded, chip: Chip) -> Size:
 
 def _kernel(step: Encode, part: str) -> str:
     """Steps of as many matrices and planes share a kernel."""
-    return f"{part}_{len(step.matrices)}_f16x{step.results[0].halves.planes}"
+    return "_".join([part, *(f"f16x{r.halves.planes}" for r in step.results)])
 
 
 def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body: Sequence[str]) -> str:
@@ -174,14 +177,15 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
         for i in range(len(step.matrices))
         for kind in ("const float* __restrict__ x", "int64_t stride", "int64_t lines", "int64_t length", "int* halves")
     ]
+    planes = enumerate(r.halves.planes for r in step.results)
     return "\n".join(
         [
             f'#include "{HEADER}"',
             "",
-            f"using Split = fusewright::SplitF16</*Planes*/{step.results[0].halves.planes}>;",
+            *(f"using Split{i} = fusewright::SplitF16</*Planes*/{p}>;" for i, p in planes),
             "",
             f"// {comment}",
-            'extern "C" __global__ void __launch_bounds__(Split::kThreads)',
+            f'extern "C" __global__ void __launch_bounds__({_THREADS})',
             *call(_kernel(step, part), [*declared, *parameters], " {"),
             *("    " + line for line in body),
             "}",
@@ -204,6 +208,24 @@ def _matrix_args(step: Encode) -> list[Arg]:
 
 
 # ---- Scan, then patch
+
+
+def mark_lost(name: str, tiles: Size) -> LaunchSpec:
+    """In place of a product that cannot run: has the patch compute all tiles."""
+    declared = call(f"{name}_mark", ["uint8_t* __restrict__ lost", "int64_t tiles"], " {")
+    source = [
+        f'#include "{HEADER}"',
+        "",
+        f'extern "C" __global__ void __launch_bounds__({_THREADS})',
+        *declared,
+        f"    const int64_t tile = int64_t(blockIdx.x) * {_THREADS} + threadIdx.x;",
+        "    if (tile < tiles) reinterpret_cast<uint64_t*>(lost)[tile] = 1;",
+        "}",
+        "",
+    ]
+    args = (lost_arg(True), SizeArg(tiles))
+    grid = (blocks(tiles, _THREADS), 1, 1)
+    return LaunchSpec(f"{name}_mark", "\n".join(source), grid, (_THREADS, 1, 1), args, comment="mark all as lost")
 
 
 def lost_flags(tiles: Size) -> Buffer:

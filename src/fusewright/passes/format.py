@@ -3,11 +3,13 @@
 A split is shared: that of x, W or an incoming gradient serves every product that reads the matrix, either way round.
 So products and splits are chosen together. Each product saves time if both of its operands are split, each split costs
 time once, and what is to be gained most from is a closure problem: a minimum cut between products and splits (Picard,
-"Maximal Closure of a Graph and Applications to Combinatorial Problems", 1976).
+"Maximal Closure of a Graph and Applications to Combinatorial Problems", 1976). A product may also round its right
+operand in registers and do without that split: the edge between the two has for its capacity what this costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +20,9 @@ import torch
 from fusewright.ir.encoding import Halves
 from fusewright.ir.graph import Builder, Graph, Node, Origin, base_of, untransposed
 from fusewright.ir.rules import check
-from fusewright.ir.size import evaluate_typical, same
+from fusewright.ir.size import divides, evaluate_typical, same
+
+_LINE = 4  # floats in 16 bytes
 
 
 class Capabilities(Protocol):
@@ -30,6 +34,9 @@ class Capabilities(Protocol):
 
     def gain(self, m: float, n: float, k: float) -> float:
         """Seconds that a product of m × k by k × n saves where its operands are split; negative where it loses."""
+
+    def registers(self, m: float, n: float, k: float) -> float:
+        """Seconds more that it takes where it rounds its right operand in registers; infinite where it cannot."""
 
     def split(self, elements: float) -> float:
         """Seconds that splitting a matrix takes."""
@@ -43,12 +50,17 @@ class Operand:
     flipped: bool  # the split matrix is itself the transpose of `source`
     turned: bool
 
+    @property
+    def copied_in_bulk(self) -> bool:
+        """Whether its lines are multiples of 16 bytes apart, as a kernel needs that reads the matrix itself."""
+        return divides(_LINE, self.source.tensor.stride[1 if self.flipped else 0]) is not None
+
 
 def encode_operands(graph: Graph, capabilities: Capabilities, kept: Iterable[Node] = ()) -> Graph:
     """Gives products encodings of their operands wherever that pays. kept: inputs whose splits cost nothing here."""
     products = {node: found for node in graph.nodes() if (found := _operands(node)) is not None}
     chosen = _choose(products, capabilities, set(kept))
-    return _rebuild(graph, {node: products[node] for node in chosen}, capabilities.planes)
+    return _rebuild(graph, products, chosen, capabilities.planes) if chosen else graph
 
 
 def _operands(node: Node) -> tuple[Operand, Operand] | None:
@@ -71,37 +83,41 @@ def _operand(node: Node) -> Operand | None:
 
 def _choose(
     products: dict[Node, tuple[Operand, Operand]], capabilities: Capabilities, kept: set[Node]
-) -> frozenset[Node]:
+) -> dict[Node, bool]:
+    """The products that read encodings, and whether the right operand is split too."""
     network = networkx.DiGraph()
     network.add_nodes_from(("source", "sink"))
     for node, operands in products.items():
         (m, k), n = node.inputs[0].tensor.shape, node.inputs[1].tensor.shape[1]
-        gain = capabilities.gain(*(evaluate_typical(s) for s in (m, n, k)))
+        sizes = [evaluate_typical(s) for s in (m, n, k)]
+        gain = capabilities.gain(*sizes)
         if gain <= 0:
             continue
         network.add_edge("source", node, capacity=gain)
-        for operand in operands:
+        a, b = operands
+        alone = capabilities.registers(*sizes) if b.copied_in_bulk and a.source is not b.source else math.inf
+        for operand, otherwise in ((b, alone), (a, math.inf)):
             split = ("split", operand.source)
             free = base_of(operand.source) in kept
             cost = 0.0 if free else capabilities.split(evaluate_typical(operand.source.tensor.numel))
-            network.add_edge(node, split, capacity=float("inf"))
+            network.add_edge(node, split, capacity=otherwise)
             network.add_edge(split, "sink", capacity=cost)
     _, (gaining, _) = networkx.minimum_cut(network, "source", "sink")
-    return frozenset(node for node in products if node in gaining)
+    return {node: ("split", b.source) in gaining for node, (_, b) in products.items() if node in gaining}
 
 
-def _rebuild(graph: Graph, chosen: dict[Node, tuple[Operand, Operand]], planes: int) -> Graph:
-    if not chosen:
-        return graph
+def _rebuild(
+    graph: Graph, products: dict[Node, tuple[Operand, Operand]], chosen: dict[Node, bool], planes: int
+) -> Graph:
     builder = Builder()
     new: dict[Node, Node] = {}
     origins: dict[Node, frozenset[Origin]] = {}
     for node in graph.nodes():
         inputs, attributes = [new[i] for i in node.inputs], dict(node.attributes)
-        operands = chosen.get(node, ())
-        if operands:
-            inputs += [_encoding(builder, new[o.source], o.flipped, planes) for o in operands]
-            attributes = {"planes": planes, "transposed": tuple(o.turned for o in operands)}
+        if node in chosen:
+            operands, own = products[node], (planes, planes if chosen[node] else 0)
+            inputs += [_encoding(builder, new[o.source], o.flipped, p) for o, p in zip(operands, own, strict=True)]
+            attributes = {"planes": own, "transposed": tuple(o.turned for o in operands)}
         new[node] = builder.node(node.op, inputs, node.type, **attributes)
         if node in graph.origins:
             origins[new[node]] = graph.origins[node]

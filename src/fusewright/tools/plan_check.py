@@ -54,15 +54,22 @@ class PlanCheck:
 
 @dataclass(frozen=True)
 class _Always:
-    """Every product that can read halves does: small ones too, as the large ones do that they stand for."""
+    """Every product that can read halves does: small ones too, as the large ones do that they stand for.
+
+    rounded: and rounds its right operand in registers where it can.
+    """
 
     planes: int
+    rounded: bool
 
     def gain(self, m: float, n: float, k: float) -> float:
         return 1.0
 
+    def registers(self, m: float, n: float, k: float) -> float:
+        return 0.0 if self.rounded else math.inf
+
     def split(self, elements: float) -> float:
-        return 0.0
+        return 1e-6
 
 
 def check(small: Small, chip: Chip, shipped: Sequence[Planned], schedules: int) -> PlanCheck:
@@ -71,7 +78,7 @@ def check(small: Small, chip: Chip, shipped: Sequence[Planned], schedules: int) 
     nothing."""
     target = SimulatorTarget(chip, max(1, schedules))
     planes = [r.halves.planes for p in shipped for e in p.plan.encodes for r in e.results if target.tensor_maps]
-    captured = capture(small.model, small.inputs, capabilities=_Always(planes[0]) if planes else None)
+    captured = capture(small.model, small.inputs, capabilities=_Always(max(planes), 0 in planes) if planes else None)
     planned = plan_model(captured, chip, library=False, variants=variants_of(shipped), tensor_maps=target.tensor_maps)
     inputs = _signed(small.inputs)
     trial = _Trial(captured, small.model, inputs)

@@ -118,11 +118,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
     simulator::wgmma({d, nullptr, a, b, 2 * kCount, kIsBfloat16<Element>, kMajorA == Major::MN, kMajorB == Major::MN,
                       accumulate});
 }
-template <int kCount>
+template <Major kMajorB, int kCount>
 __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
                                                 bool accumulate) {
     static_assert(kCount == 64 || kCount == 128, "128 or 256 columns");
-    simulator::wgmma({d, a, 0, b, 2 * kCount, false, false, false, accumulate});
+    simulator::wgmma({d, a, 0, b, 2 * kCount, false, false, kMajorB == Major::MN, accumulate});
 }
 
 }  // namespace fusewright
