@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import model_files
@@ -22,6 +24,7 @@ from fusewright.fusion.plan import Encode, View
 from fusewright.kernels.gemm_sm90 import HalfProducts
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
+from fusewright.tools.optimize import Request, optimize
 from fusewright.tools.planned import Planned
 from judge import complaints
 from model_files import MODELS, Written, model, varied, written
@@ -69,6 +72,15 @@ def test_parameters_are_split_by_freeze_alone(several: Written) -> None:
     for step in split.plan.encodes:
         assert len(split.programs[step.name].launches) == 2
     assert [r.name for r in frozen.plan.regions] == [r.name for r in fused.plan.regions]
+
+
+def test_what_it_costs_is_said(tmp_path: Path) -> None:
+    path, written_to = tmp_path / "model.py", io.StringIO()
+    path.write_text(MODELS["float32 halves"])
+    request = Request(path, tmp_path / "new.py", chip_for("sm_90a"), None, {}, library=False, verify=False)
+    rows = optimize(request, Console(file=written_to, width=200)).kernels
+    assert "ModelNew.freeze() splits the parameters once and keeps 8.4 MB beside them" in written_to.getvalue()
+    assert [row.kernel for row in rows].count("split_1_f16x2") == 1, "a kernel is listed once"
 
 
 def test_results_are_the_same_bits(several: Written) -> None:

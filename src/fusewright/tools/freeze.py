@@ -17,6 +17,7 @@ from fusewright.capture.model import CapturedModel
 from fusewright.chip import Chip
 from fusewright.codegen.host import result_type, tensor_inputs
 from fusewright.fusion.plan import Encode, FusionPlan, Step, View
+from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.tools.model_source import ModelSource
 from fusewright.tools.planned import Planned
@@ -70,6 +71,12 @@ def graphs(
         replace(inference, name="split", plan=split, programs={s.name: encode_program(s, chip) for s in kept}),
         replace(inference, name="frozen", plan=taking, programs=programs),
     )
+
+
+def kept(added: Sequence[Planned]) -> int:
+    """Bytes that `freeze` keeps."""
+    split = added[0].plan
+    return int(sum(evaluate_typical(split.buffers[o.buffer].bytes) for o in split.outputs if isinstance(o, View)))
 
 
 def autograd(plan: FusionPlan) -> str:

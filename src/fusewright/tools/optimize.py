@@ -26,8 +26,10 @@ from fusewright.settings import tf32_allowed
 from fusewright.tools import explain, plan_check
 from fusewright.tools.emit import emit
 from fusewright.tools.files import check_output, write
+from fusewright.tools.freeze import kept
 from fusewright.tools.planned import Planned, plan_model
 from fusewright.tools.small import CHECKED, SIMULATED, small
+from fusewright.tools.units import size
 from fusewright.tools.verify import Subject, render, verify
 
 
@@ -89,6 +91,9 @@ def optimize(request: Request, console: Console) -> Written:
         check = _check_without_gpu(request, file, emitted.planned, console) if request.verify else None
         write(request.out, emitted.text)
     console.print(f"wrote {request.out}", markup=False)
+    if emitted.frozen:
+        held = size(kept(emitted.frozen))
+        console.print(f"for inference, ModelNew.freeze() splits the parameters once and keeps {held} beside them")
     return Written(request.out, explanation, kernels, check)
 
 
