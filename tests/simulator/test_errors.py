@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -431,3 +431,18 @@ def test_correct_kernels_pass(correct: Sequence[SimulatedKernel]) -> None:
         given, result = torch.rand(64), torch.zeros(64)
         kernel([given, result], (2,) if name == "copied" else (1,))
         torch.testing.assert_close(result, expected(given), rtol=0, atol=0, msg=name)
+
+
+def test_what_a_launch_does_not_read_ahead_waits() -> None:
+    """Where `ahead` names nothing, the launch begins after the one before it, and there is nothing to wait for."""
+    body = "const float value = in[threadIdx.x];\nLINE out[threadIdx.x] = value;"
+    text = f'#include "async.cuh"\nextern "C" __global__ void f(const float* in, float* out) {{\n{body}\n}}'
+    right, wrong = (launch(text.replace("LINE", line)) for line in ("fusewright::launch_before_wait();", ""))
+    specs = [replace(right, ahead=("in",)), wrong, replace(wrong, ahead=("in", "out")), replace(wrong, ahead=("in",))]
+    *fine, bad = Simulator().load(specs)
+    for kernel in fine:
+        kernel([x := torch.rand(64), out := torch.zeros(64)], (2,))
+        assert torch.equal(x, out)
+    with pytest.raises(errors.MissingFence, match=r"writes `out`.*before launch_before_wait") as caught:
+        bad([x, out], (2,))
+    assert caught.value.where.line.endswith(".cu:4")

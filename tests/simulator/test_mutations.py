@@ -33,7 +33,7 @@ from kernels import launch
 SYNCHRONISES = re.compile(
     r"\b(?:__syncthreads(?P<value>_or|_and|_count)?|__syncwarp|__threadfence\w*|named_barrier_\w+"
     r"|copy_async_(?:wait|commit)|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync"
-    r"|tensor_store_(?:commit|wait\w*))(?:<[^<>;]*>)?\("
+    r"|tensor_store_(?:commit|wait\w*)|launch_before_wait)(?:<[^<>;]*>)?\("
 )
 DEFINITIONS_ONLY = {"async.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
 

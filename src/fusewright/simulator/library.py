@@ -40,6 +40,7 @@ class Range(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("name", ctypes.c_char_p),
         ("writable", ctypes.c_uint64),
+        ("early", ctypes.c_uint64),  # before the launch before has ended
     )
 
 

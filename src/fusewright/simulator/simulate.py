@@ -122,7 +122,13 @@ class SimulatedKernel:
         ]
         pointers = (ctypes.c_void_p * len(values))(*(address for _, address in values))
         ranges = [
-            library.Range(buffer.pointer, buffer.bytes, arg.buffer.encode(), arg.written)
+            library.Range(
+                buffer.pointer,
+                buffer.bytes,
+                arg.buffer.encode(),
+                arg.written,
+                not self.launch.ahead or arg.buffer in self.launch.ahead,
+            )
             for arg, buffer in zip(self.launch.args, buffers, strict=True)
             if isinstance(arg, BufferArg | TensorMapArg) and buffer is not None
         ]

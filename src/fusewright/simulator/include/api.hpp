@@ -48,6 +48,9 @@ void async_wait(unsigned pending);
 // Completes every copy of this thread, committed or not.
 void async_wait_all();
 
+// Waits until the launch before this one has ended.
+void launch_before_wait();
+
 // ---- Hopper ---------------------------------------------------------------------------------------------------------
 
 // Where a pointer into shared memory lies there, as 32-bit addresses count it.

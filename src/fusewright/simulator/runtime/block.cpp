@@ -108,6 +108,7 @@ void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
         thread.state = Thread::kReady;
         thread.stack = nullptr;
         thread.uncommitted = thread.atomics = 0;
+        thread.alone = false;
         thread.action = nullptr;
         thread.polled = ~uint64_t(0);
         thread.timed_out = false;

@@ -90,6 +90,7 @@ struct Thread : Agent {
     unsigned uncommitted;
 
     uint32_t atomics;  // operations in this block
+    bool alone;        // has waited until the launch before this one had ended
 
     unsigned lane() const { return index % 32; }
     [[noreturn]] void fail(int kind, const char* pc, const std::string& message);

@@ -11,6 +11,7 @@ struct SimulatorRange {
     uint64_t bytes;
     const char* name;
     uint64_t writable;
+    uint64_t early;  // before the launch before has ended
 };
 
 // A variable in shared memory: its offset in the module's thread-local storage. Without a name, it is one of the

@@ -32,20 +32,30 @@ void Block::access(Thread& thread, Access access, uintptr_t address, size_t byte
         return;
     }
     bool read_only = false;
+    const SimulatorRange* late = nullptr;
     for (uint64_t i = 0; i < launch_->range_count; ++i) {
         const SimulatorRange& range = launch_->ranges[i];
         const Span span{range.begin, range.bytes};
         if (!span.holds(address, bytes)) continue;
+        if (!range.early && !thread.alone) {
+            late = &range;
+            continue;
+        }
+        // A span that is kept is not looked at again, whichever thread comes.
         if (access == Access::kRead) {
-            readable = span;
+            if (range.early) readable = span;
             return;
         }
         if (range.writable) {
-            writable = span;
+            if (range.early) writable = span;
             return;
         }
         read_only = true;
     }
+    if (late)
+        fail(thread, Failure::kFence, pc,
+             std::string(verb(access)) + "`" + late->name + "`, which its launch does not name as read ahead, before " +
+                 "launch_before_wait");
     if (access == Access::kRead && address >= module_begin_ && address + bytes <= module_end_) return;  // constants
     if (read_only)
         fail(thread, Failure::kReadOnly, pc,
@@ -147,6 +157,8 @@ void async_wait(unsigned pending) {
     Thread& thread = *current_thread();
     thread.block->async_wait(thread, pending, CALLER);
 }
+
+void launch_before_wait() { current_thread()->alone = true; }
 
 void async_wait_all() {
     async_commit();
