@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from fusewright.chip import chip_for
@@ -56,6 +57,29 @@ def test_the_floor_is_that_of_the_dtype() -> None:
         assert row.floor_seconds == pytest.approx(max(row.flop / rate, row.bytes / CHIP.bandwidth))
         said = "more, since tensor cores read float32 as halves" if not cast else "(0 B less)"
         assert said in shown(explained(model(body.format(cast), inputs=wide + cast))[:1])
+
+
+def test_a_weight_that_is_rounded_in_registers_moves_once() -> None:
+    """x, its halves, their magnitudes and exponent; of the weight a sample, which counts for nothing, and an exponent."""
+    text = model(
+        """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(8192, 8192)
+
+    def forward(self, x):
+        return self.gemm(x)
+""",
+        inputs="torch.rand(1024, 8192)",
+    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        encode, row = explained(text)[0].regions
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert row.family == "gemm_sm90 256×128×64 in registers"
+    assert encode.bytes == 4 * (1024 * 8192 + 1024 * 4096 + 1024 + 8192 + 1) + 4
 
 
 def test_training_saves_a_bit_an_element() -> None:

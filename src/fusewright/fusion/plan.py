@@ -126,6 +126,11 @@ class Encode:
     def reads(self) -> list[str]:
         return list(dict.fromkeys(m.buffer for m in self.matrices))
 
+    def sampled(self) -> list[str]:
+        """What it reads a small part of: products round it in registers, and want its exponent alone."""
+        split = {m.buffer for m, r in zip(self.matrices, self.results, strict=True) if r.halves.planes}
+        return [name for name in self.reads() if name not in split]
+
     def writes(self) -> list[str]:
         return [r.buffer for r in self.results]
 

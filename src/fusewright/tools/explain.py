@@ -102,10 +102,14 @@ def _rate(gemm: Gemm, chip: Chip) -> float:
     return chip.fp16 if sixteen else chip.fp64 if gemm.a.dtype == torch.float64 else chip.fp32
 
 
+def touched(step: Step) -> list[str]:
+    """Each buffer that a step reads or writes, once; none that it samples."""
+    sampled = step.sampled() if isinstance(step, Encode) else []
+    return [name for name in dict.fromkeys((*step.reads(), *step.writes())) if name not in sampled]
+
+
 def _bytes(step: Step, plan: FusionPlan, sizes: Sizes) -> int:
-    """Each buffer that a step touches, once."""
-    names = dict.fromkeys((*step.reads(), *step.writes()))
-    return sum(int(evaluate(plan.buffers[n].bytes, sizes)) for n in names)
+    return sum(int(evaluate(plan.buffers[name].bytes, sizes)) for name in touched(step))
 
 
 def as_dict(explanations: Sequence[Explanation], header: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,8 +257,7 @@ def _rate_name(step: Region | Encode) -> str:
 
 
 def _moved(step: Step, plan: FusionPlan, sizes: Sizes) -> list[Moved]:
-    names = dict.fromkeys((*step.reads(), *step.writes()))
-    buffers = [plan.buffers[name] for name in names]
+    buffers = [plan.buffers[name] for name in explain.touched(step)]
     return [
         Moved(b.name, type_name(b.dtype, b.shape, sizes), int(evaluate(b.bytes, sizes)), b.name in step.writes())
         for b in buffers
