@@ -469,6 +469,7 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
                                                               int64_t count) {
         float largest = 0;
+#pragma unroll 1
         for (int i = first + threadIdx.x % 32; i < last; i += 32)
             largest = fmaxf(largest, magnitude(operand, i, count));
         return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
