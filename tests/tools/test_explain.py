@@ -60,7 +60,7 @@ def test_the_floor_is_that_of_the_dtype() -> None:
 
 
 def test_a_weight_that_is_rounded_in_registers_moves_once() -> None:
-    """x, its halves, their magnitudes and exponent; of the weight a sample, which counts for nothing, and an exponent."""
+    """x, its halves, magnitudes and exponent; of the weight an exponent, and a sample that counts for nothing."""
     text = model(
         """
     def __init__(self):
