@@ -190,7 +190,7 @@ MODELS = {
     def forward(self, x):
         return F.leaky_relu(self.gemm(x) * 2.0, 0.1)
 """,
-        inputs="torch.rand(200, 2048)",
+        inputs="torch.rand(1024, 2048)",
     ),
     "surroundings": model(
         '''

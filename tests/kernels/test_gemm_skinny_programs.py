@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from test_programs import large
 
+from fusewright import compiler
 from fusewright.chip import chip_for
 from fusewright.codegen.launch import BufferArg, LaunchSpec, evaluate
 from fusewright.fusion.plan import Gemm, Matrix, Region
+from fusewright.ir.size import SizeSymbol
+from fusewright.kernels import gemm_skinny
 from fusewright.kernels.base import Program, Refused
-from fusewright.kernels.choose import candidates, contenders
+from fusewright.kernels.choose import PORTABLE, _programs, candidates, contenders
 from fusewright.kernels.gemm_skinny import GemmSkinny, seconds
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
@@ -192,6 +195,33 @@ def test_any_number_of_rows_at_run_time() -> None:
     for m, blocks in ((1, 1), (32, 1), (33, 2), (1000, 32)):
         assert [evaluate(g, {s: m}) for g in launch.grid] == [blocks * 128, 1, 1]
     assert "s0" not in launch.source.split("run(")[0]
+
+
+def test_where_rows_may_be_many_another_program_is_there_for_them() -> None:
+    """It is the one for many rows, although the example has few; at every size one launch has a grid."""
+    s = SizeSymbol("s0", 16, integer=True, positive=True)
+    few = _programs(with_operands(((s, 4096), (4096, 1)), W), HOPPER, PORTABLE, False)[0]
+    many = _programs(region_of(1024, 4096, 4096), HOPPER, PORTABLE, False)[0]
+    assert few.family == "gemm_skinny"
+    for m in (0, 1, 16, 17, 64, 65, 1000):
+        grids = [evaluate(launch.grid[0], {s: m}) for launch in few.launches]
+        alone = many.launches[0].grid[0] * -(-m // 256) // 4
+        assert grids == ([-(-m // 16) * 128, 0] if m <= 64 else [0, alone])
+
+
+def test_one_compilation_serves_small_and_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose example is small: the size symbol knows that."""
+    monkeypatch.setattr(gemm_skinny, "LEAST_BYTES", 0)
+    model = torch.nn.Linear(64, 24)
+    built: list[Executable] = []
+    original = compiler.build
+    monkeypatch.setattr(compiler, "build", lambda *a, **k: built.append(original(*a, **k)) or built[-1])  # type: ignore[func-returns-value]
+    compiled = torch.compile(model, backend="fusewright", options={"simulate": True}, dynamic=True)
+    with torch.no_grad():
+        for n in (16, 3, 70):
+            x = torch.randn(n, 64)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert [[p.family for p in executable.programs.values()] for executable in built] == [["gemm_skinny"]]
 
 
 def tower(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import fx
 from torch._functorch import partitioners
 
 from fusewright.capture.fx import IRCall, from_fx
+from fusewright.capture.metadata import as_torch_has_it
 from fusewright.ir.graph import Graph, Node, TensorType
 from fusewright.passes import pipeline
 from fusewright.passes.format import Capabilities, encode_operands
@@ -122,7 +123,7 @@ class _Exporter:
     def symbolic(self, size: Any) -> Any:
         if not isinstance(size, sympy.Expr):
             return size
-        return self.shape_env.create_symintnode(size, hint=None)
+        return self.shape_env.create_symintnode(as_torch_has_it(size), hint=None)
 
 
 def _fake_mode(module: fx.GraphModule) -> tuple[Any, Any]:

@@ -7,18 +7,39 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod
 
 from fusewright.ir.graph import TensorType
-from fusewright.ir.size import Size
+from fusewright.ir.size import Size, SizeSymbol
 
 
 def size_of(value: Any) -> Size:
     """A Python or symbolic integer as a size."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        expression = _without_remainders(value.node.expr, value.node.shape_env.divisible)
-        return int(expression) if expression.is_Integer else expression
+        environment = value.node.shape_env
+        expression = _without_remainders(value.node.expr, environment.divisible)
+        if expression.is_Integer:
+            return int(expression)
+        return expression.xreplace({s: _with_value(s, environment) for s in expression.free_symbols})
     return value
+
+
+def as_torch_has_it(size: Size) -> Size:
+    """The expression over torch's own symbols."""
+    if not isinstance(size, sympy.Expr):
+        return size
+    ours = [s for s in size.free_symbols if isinstance(s, SizeSymbol)]
+    return size.xreplace({s: sympy.Symbol(s.name, **s._assumptions_orig) for s in ours})
+
+
+def _with_value(symbol: sympy.Symbol, environment: ShapeEnv) -> sympy.Symbol:
+    """The symbol with its value in the example; one that depends on data has none."""
+    values = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    value = values.get(symbol)
+    if not isinstance(value, sympy.Integer):
+        return symbol
+    return SizeSymbol(symbol.name, int(value), **symbol._assumptions_orig)
 
 
 def _without_remainders(expression: sympy.Expr, divisible: Container[sympy.Expr]) -> sympy.Expr:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fusewright.capture.backend import decompositions
 from fusewright.capture.fx import from_fx
 from fusewright.capture.joint import partition_joint
+from fusewright.capture.metadata import size_of
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
 from fusewright.passes.format import Capabilities
@@ -78,8 +79,8 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self.arguments = [_expression(p) for p in module.graph.find_nodes(op="placeholder")]
-        symbolic = [i.node for i in inputs if isinstance(i, torch.SymInt)]
-        self.sizes = {n.expr: int(n.hint) for n in symbolic if isinstance(n.expr, sympy.Symbol)}
+        symbolic = {size_of(i): int(i.node.hint) for i in inputs if isinstance(i, torch.SymInt)}
+        self.sizes = {s: value for s, value in symbolic.items() if isinstance(s, sympy.Symbol)}
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=self.record,
             inference_compiler=self.record,

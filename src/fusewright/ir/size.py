@@ -4,10 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 from torch.utils._sympy.functions import CleanDiv
+
+# Stands for every size symbol of which no value is known where alternatives are compared.
+TYPICAL_SIZE = 1024
+
+
+class SizeSymbol(sympy.Symbol):  # type: ignore[misc]
+    """A size symbol that knows a value: the one of the example that the graph was captured with.
+
+    Alternatives are compared by it. Symbols of one name with different values are different ones.
+    """
+
+    __slots__ = ("typical",)
+    typical: int
+
+    def __new__(cls, name: str, typical: int, **assumptions: bool) -> SizeSymbol:
+        symbol: SizeSymbol = sympy.Symbol.__xnew__(cls, name, **assumptions)
+        symbol.typical = typical
+        return symbol
+
+    def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        arguments, assumptions = super().__getnewargs_ex__()
+        return (*arguments, self.typical), assumptions
+
+    def _hashable_content(self) -> tuple[Any, ...]:
+        return (*super()._hashable_content(), self.typical)
+
 
 # A size known when the kernel is generated, or an expression over the graph's size symbols.
 Size: TypeAlias = int | sympy.Expr
@@ -82,11 +108,7 @@ def evaluate(size: Size | float, sizes: Mapping[sympy.Symbol, int]) -> int | flo
     return int(value) if value.is_integer else float(value)
 
 
-# Stands for every size symbol where alternatives are compared before the sizes are known.
-TYPICAL_SIZE = 1024
-
-
 def evaluate_typical(size: Size) -> float:
-    """A number to compare sizes by: every symbol is `TYPICAL_SIZE`."""
+    """A number to compare sizes by: the size with every symbol's typical value."""
     symbols = size.free_symbols if isinstance(size, sympy.Expr) else ()
-    return float(evaluate(size, dict.fromkeys(symbols, TYPICAL_SIZE)))
+    return float(evaluate(size, {s: getattr(s, "typical", TYPICAL_SIZE) for s in symbols}))

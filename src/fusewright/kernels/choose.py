@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 
+import sympy
+
 from fusewright.chip import Chip
 from fusewright.errors import UnsupportedDtype
-from fusewright.fusion.plan import FusionPlan, Region
+from fusewright.fusion.plan import FusionPlan, Gemm, Region
+from fusewright.ir.size import TYPICAL_SIZE
 from fusewright.kernels.base import Family, Program, Refused
 from fusewright.kernels.gemm_simt import GemmSimt
-from fusewright.kernels.gemm_skinny import GemmSkinny
+from fusewright.kernels.gemm_skinny import GemmSkinny, with_more_rows
 from fusewright.kernels.gemm_sm90 import ARCH, GemmSm90, HalfProducts
 from fusewright.kernels.library import Library
 from fusewright.kernels.pointwise import Pointwise
@@ -19,7 +22,8 @@ from fusewright.kernels.split_f16 import encode_program
 from fusewright.passes.format import Capabilities
 
 # Those whose launches run everywhere: on the GPU, in the simulator and in written files.
-PORTABLE: tuple[Family, ...] = (GemmSimt(), GemmSkinny(), Pointwise())
+_SKINNY = GemmSkinny()
+PORTABLE: tuple[Family, ...] = (GemmSimt(), _SKINNY, Pointwise())
 
 # A program that is predicted to take this many times the best one's time is not worth measuring; nor is another of its
 # family that is predicted to take so many times the family's best, or comes after so many.
@@ -82,7 +86,20 @@ def _programs(region: Region, chip: Chip, own: Sequence[Family], library: bool) 
     refusals = {f.name: f.supports(region, chip) for f in families}
     found = list(chain.from_iterable(f.programs(region, chip) for f in families if refusals[f.name] is None))
     found.sort(key=lambda p: (p.library is not None, p.cost))
+    if region.gemm and isinstance(region.gemm.a.shape[0], sympy.Expr) and refusals.get(_SKINNY.name, _SKINNY) is None:
+        many = _for_many_rows(region, region.gemm, chip, own, found)
+        found = [with_more_rows(p, many) if p.family == _SKINNY.name else p for p in found]
     if not found:
         reasons = "; ".join(f"{r.family}: {r.reason}" for r in refusals.values() if isinstance(r, Refused))
         raise UnsupportedDtype(f"no kernel computes {', '.join(region.operators)} ({reasons})")
     return found
+
+
+def _for_many_rows(
+    region: Region, gemm: Gemm, chip: Chip, families: Sequence[Family], found: Sequence[Program]
+) -> Program:
+    """Which of a region's programs is the best where rows, of which there may be any number, are many."""
+    larger = replace(region, gemm=replace(gemm, a=replace(gemm.a, shape=(TYPICAL_SIZE, gemm.a.shape[1]))))
+    supporting = [f for f in families if f.supports(larger, chip) is None]
+    best = min(chain.from_iterable(f.programs(larger, chip) for f in supporting), key=lambda p: p.cost)
+    return next(p for p in found if (p.family, p.variant) == (best.family, best.variant))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
 
 from fusewright.chip import Chip
@@ -24,6 +25,7 @@ from fusewright.kernels.gemm_simt import CONFIGS, aligned, blocks, gemm_launch, 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 MOST_ROWS = 32  # from there on, larger tiles reuse what they read
+_MOST_WORTH = 64  # rows for which a launch, made for fewer, is still better than one that is made for many
 LEAST_BYTES = 1 << 20  # of the weight: of less, launches cost more than reading
 
 # Of gemm_skinny.cuh: threads, columns of a thread.
@@ -98,6 +100,18 @@ class GemmSkinny:
             for tile in _tiles(region.gemm)
         ]
         return sorted(programs, key=lambda p: p.cost)
+
+
+def with_more_rows(program: Program, other: Program) -> Program:
+    """This family's program where rows turn out few enough, else `other`: the grid of one of the two is empty."""
+    assert isinstance(program.region, Region) and program.region.gemm is not None
+    few = sympy.Min(1, (_MOST_WORTH + 1) // (program.region.gemm.a.shape[0] + 1))
+    launches = [(launch, few) for launch in program.launches] + [(launch, 1 - few) for launch in other.launches]
+    return replace(
+        program,
+        launches=tuple(replace(s, grid=(s.grid[0] * wanted, *s.grid[1:])) for s, wanted in launches),
+        workspaces=(*program.workspaces, *other.workspaces),
+    )
 
 
 def _tiles(gemm: Gemm) -> list[Tile]:

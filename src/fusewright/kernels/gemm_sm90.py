@@ -23,7 +23,7 @@ from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Gemm, Region
 from fusewright.ir.size import divides, evaluate_typical
-from fusewright.kernels import gemm_simt
+from fusewright.kernels import gemm_simt, gemm_skinny
 from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
 from fusewright.kernels.gemm_simt import blocks, gemm_launch, smaller
 from fusewright.kernels.split_f16 import (
@@ -150,10 +150,12 @@ class HalfProducts:
         return min(_seconds(m, n, k, tile, self.products, self.chip) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
-        """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own."""
+        """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own. Of few
+        rows, what reads the weight as it lies."""
         tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 and self.library else (64, self.chip.fp32 * _FP32)
         waves = math.ceil(math.ceil(m / tile) * math.ceil(n / tile) / self.chip.multiprocessors)
-        return waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors)
+        tiled = waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors)
+        return min(tiled, gemm_skinny.seconds(m, n, k, torch.float32, self.chip))
 
 
 def _products(gemm: Gemm) -> int:

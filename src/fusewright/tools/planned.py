@@ -13,6 +13,7 @@ from fusewright.capture.model import CapturedModel
 from fusewright.chip import Chip
 from fusewright.fusion.plan import FusionPlan
 from fusewright.ir.graph import Graph, substitute
+from fusewright.ir.size import TYPICAL_SIZE, SizeSymbol
 from fusewright.kernels.base import Program
 from fusewright.kernels.choose import candidates
 
@@ -48,7 +49,7 @@ def plan_model(
         graphs.append(("backward", captured.backward, _saved_names(captured, names)))
     planned = []
     for name, graph, inputs in graphs:
-        renamed = _size_names(graph, inputs)
+        renamed = _size_names(graph, inputs, captured.sizes)
         graph = substitute(graph, renamed)
         plan = compiler.plan(graph, inputs, captured.capabilities if name == "fused" else None)
         programs = {
@@ -111,12 +112,15 @@ def _saved_names(captured: CapturedModel, names: Sequence[str | None]) -> list[s
     return result
 
 
-def _size_names(graph: Graph, names: Sequence[str | None]) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Readable names for size symbols: `batch` for the first, else tensor and dimension."""
+def _size_names(
+    graph: Graph, names: Sequence[str | None], sizes: Mapping[sympy.Symbol, int]
+) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Readable names for size symbols: `batch` for the first, else tensor and dimension. sizes: the example's."""
     found: dict[sympy.Symbol, sympy.Symbol] = {}
     for node, name in zip(graph.inputs, names, strict=True):
         for dim, size in enumerate(node.type.shape if node.type is not None else ()):
             if isinstance(size, sympy.Symbol) and size not in found:
                 text = "batch" if not found else f"{name}_size{dim}"
-                found[size] = sympy.Symbol(text, integer=True, nonnegative=True)
+                typical = max(1, sizes.get(size, TYPICAL_SIZE))
+                found[size] = SizeSymbol(text, typical, integer=True, nonnegative=True)
     return found

@@ -1,0 +1,31 @@
+"""Size symbols that know the value of the example that they come from."""
+
+from __future__ import annotations
+
+import pickle
+
+import sympy
+
+from fusewright.ir.size import TYPICAL_SIZE, SizeSymbol, evaluate, evaluate_typical
+
+ASSUMPTIONS = {"integer": True, "positive": True}
+
+
+def test_a_symbol_stands_for_its_value_where_sizes_are_compared() -> None:
+    symbol, plain = SizeSymbol("s0", 16, **ASSUMPTIONS), sympy.Symbol("s1", **ASSUMPTIONS)
+    assert evaluate_typical(symbol * 3 + 1) == 49
+    assert evaluate_typical(symbol + plain) == 16 + TYPICAL_SIZE
+    assert evaluate(symbol * 3, {symbol: 5}) == 15
+    assert symbol.is_integer and symbol.is_positive and str(symbol) == "s0"
+
+
+def test_symbols_of_one_name_keep_their_own_values() -> None:
+    """sympy keeps results by operands: equal symbols would take over each other's value."""
+    few, many = (SizeSymbol("s0", n, **ASSUMPTIONS) for n in (16, 4096))
+    assert few != many and few == SizeSymbol("s0", 16, **ASSUMPTIONS)
+    assert [evaluate_typical(s * 2) for s in (few, many)] == [32, 8192]
+
+
+def test_a_copy_knows_the_value() -> None:
+    copied = pickle.loads(pickle.dumps(SizeSymbol("s0", 16, **ASSUMPTIONS) + 1))
+    assert evaluate_typical(copied) == 17
