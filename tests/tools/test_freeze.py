@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import fusewright.tools.optimize
 import model_files
 from fusewright.capture import model_file
 from fusewright.chip import chip_for
@@ -24,6 +25,7 @@ from fusewright.fusion.plan import Encode, View
 from fusewright.kernels.gemm_sm90 import HalfProducts
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
+from fusewright.tools.freeze import kept
 from fusewright.tools.optimize import Request, optimize
 from fusewright.tools.planned import Planned
 from judge import complaints
@@ -80,7 +82,7 @@ def test_what_it_costs_is_said(tmp_path: Path) -> None:
     request = Request(path, tmp_path / "new.py", chip_for("sm_90a"), None, {}, library=False, verify=False)
     rows = optimize(request, Console(file=written_to, width=200)).kernels
     assert "ModelNew.freeze() splits the parameters once and keeps 8.4 MB beside them" in written_to.getvalue()
-    assert [row.kernel for row in rows].count("split_1_f16x2") == 1, "a kernel is listed once"
+    assert [row.kernel for row in rows].count("split_f16x2") == 1, "a kernel is listed once"
 
 
 def test_results_are_the_same_bits(several: Written) -> None:
@@ -105,6 +107,24 @@ def _simulated(planned: Planned, step: Encode) -> Executable:
     outputs = tuple(View(b.name, b.shape, b.stride) for b in buffers)
     plan = replace(planned.plan, inputs=tuple(step.reads()), outputs=outputs, steps=(step,))
     return Executable(plan, planned.programs, SimulatorTarget(CHIP), torch.device("cpu"))
+
+
+def test_tf32_reads_planes() -> None:
+    """Calls round the weight in registers, which is slower than reading its halves, but for their split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusewright.tools.optimize, "tf32_allowed", lambda: True)
+        file = written(MODELS["float32 halves"])
+    (fused, *_), (split, frozen) = file.emitted.planned, file.emitted.frozen
+    assert [[r.halves.planes for r in e.results] for e in fused.plan.encodes] == [[1, 0]], "no longer a test"
+    assert [[r.halves.planes for r in e.results] for p in (split, frozen) for e in p.plan.encodes] == [[1], [1]]
+    (region,) = frozen.plan.regions
+    assert (
+        "registers" in fused.programs[region.name].variant and "registers" not in frozen.programs[region.name].variant
+    )
+    words = 1024 * 2048 // 2 + 1024 + 2048 + 1
+    assert kept(file.emitted.frozen) == 4 * words and "Results keep TF32's precision" in file.text
+    text = file.text.split(" fusewright_frozen(")[1].split("\n}\n")[0]
+    assert f"at::kInt, {{{words}}}" in file.text and "pointer<__half>(halves1)" in text
 
 
 # ---- the class
@@ -201,7 +221,7 @@ def test_a_copy_is_frozen_too(ours: Loaded) -> None:
 
 
 def test_the_judge_accepts_it(several: Written) -> None:
-    assert complaints(several.text) == []
+    assert complaints(several.text) == [] and "Results stay the same, bit for bit" in several.text
 
 
 @pytest.mark.parametrize("name", ["tensor cores", "two linears", "bfloat16"])

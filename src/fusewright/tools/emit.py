@@ -102,7 +102,7 @@ def _file(
         **_build(planned, chip),
     )
     forward = _forward(model, captured, space, source, added)
-    body = f"{source.head}{forward}{freeze.methods(added, captured, space, source)}{source.tail}"
+    body = f"{source.head}{forward}{freeze.methods(planned[0], added, captured, space, source)}{source.tail}"
     return f"{source.before.rstrip()}\n\n{generated}\n\n{body}{source.after}"
 
 

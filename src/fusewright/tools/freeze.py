@@ -1,13 +1,13 @@
 """What `freeze` adds to a written file: fp16 halves of float32 parameters, kept from one call to the next.
 
-The product kernels and what they read are those of inference, so results are the same bits. What is left out is the
-split of the parameters in each call.
+Calls leave out the split of the parameters. In float32 the products are those of inference, so results are the same
+bits. Where TF32 is allowed inference may round a parameter in registers; products from halves take the place of these.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import nn
 from fusewright.capture.model import CapturedModel
 from fusewright.chip import Chip
 from fusewright.codegen.host import result_type, tensor_inputs
-from fusewright.fusion.plan import Encode, FusionPlan, Step, View
+from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Region, Step, View
 from fusewright.ir.size import evaluate_typical
+from fusewright.kernels.choose import candidates
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.tools.model_source import ModelSource
 from fusewright.tools.planned import Planned
@@ -33,16 +34,16 @@ def graphs(
     takes those after its other arguments."""
     if any(hasattr(model, n) for n in _NAMES) or any(n in vars(type(model)) for n in _OVERRIDDEN):
         return ()
-    plan = inference.plan
     parameters = {
         name
-        for name, expression in zip(plan.inputs, captured.arguments, strict=True)
+        for name, expression in zip(inference.plan.inputs, captured.arguments, strict=True)
         if isinstance(name, str) and re.split(r"\W", expression or "")[0] == source.arguments[0]
     }
+    whole = _by_planes(inference, parameters, chip)
     kept: list[Encode] = []
     steps: list[Step] = []
-    programs = dict(inference.programs)
-    for step in plan.steps:
+    programs = dict(whole.programs)
+    for step in whole.plan.steps:
         if not isinstance(step, Encode):
             steps.append(step)
             continue
@@ -54,23 +55,59 @@ def graphs(
                 left.append((matrix, result))
         if left:
             matrices, results = zip(*left, strict=True)
-            steps.append(replace(step, matrices=matrices, results=results))
-            programs[step.name] = encode_program(steps[-1], chip)  # type: ignore[arg-type]
+            rest = replace(step, matrices=matrices, results=results)
+            steps.append(rest)
+            programs[step.name] = encode_program(rest, chip)
     if not kept:
         return ()
-    halves = [plan.buffers[name] for step in kept for name in step.writes()]
-    split = FusionPlan(
+    split = _split(kept, whole, chip)
+    halves = [name for step in kept for name in step.writes()]
+    taking = replace(whole.plan, inputs=(*whole.plan.inputs, *halves), steps=tuple(steps))
+    return split, replace(whole, name="frozen", plan=taking, programs=programs)
+
+
+def _split(kept: Sequence[Encode], whole: Planned, chip: Chip) -> Planned:
+    buffers = [whole.plan.buffers[name] for step in kept for name in step.writes()]
+    plan = replace(
+        whole.plan,
         inputs=tuple(dict.fromkeys(name for step in kept for name in step.reads())),
-        outputs=tuple(View(b.name, b.shape, b.stride) for b in halves),
-        buffers=plan.buffers,
+        outputs=tuple(View(b.name, b.shape, b.stride) for b in buffers),
         steps=tuple(kept),
         refusals=(),
     )
-    taking = replace(plan, inputs=(*plan.inputs, *(b.name for b in halves)), steps=tuple(steps))
-    return (
-        replace(inference, name="split", plan=split, programs={s.name: encode_program(s, chip) for s in kept}),
-        replace(inference, name="frozen", plan=taking, programs=programs),
-    )
+    return replace(whole, name="split", plan=plan, programs={s.name: encode_program(s, chip) for s in kept})
+
+
+def _by_planes(inference: Planned, parameters: Set[str], chip: Chip) -> Planned:
+    """Inference with planes of the parameters that its products round in registers: where nothing has to be split in
+    each call, products from planes are faster."""
+    plan = inference.plan
+    pairs = [pair for e in plan.encodes for pair in zip(e.matrices, e.results, strict=True)]
+    without = {result.buffer for matrix, result in pairs if matrix.buffer in parameters and not result.halves.planes}
+    if not without:
+        return inference
+    planes = max(result.halves.planes for _, result in pairs)
+
+    def filled(encoded: Encoded) -> Encoded:
+        return replace(encoded, halves=replace(encoded.halves, planes=planes)) if encoded.buffer in without else encoded
+
+    def step(old: Step) -> Step:
+        if isinstance(old, Encode):
+            return replace(old, results=tuple(map(filled, old.results)))
+        if not isinstance(old, Region) or old.gemm is None or old.gemm.encoded is None:
+            return old
+        a, b = old.gemm.encoded
+        return replace(old, gemm=replace(old.gemm, encoded=(filled(a), filled(b))))
+
+    words = {r.buffer: filled(r).halves.words for _, r in pairs if r.buffer in without}
+    buffers = {name: replace(b, shape=(words[name],)) if name in words else b for name, b in plan.buffers.items()}
+    changed = replace(plan, buffers=buffers, steps=tuple(map(step, plan.steps)))
+    found = candidates(changed, chip, library=False, tensor_maps=True)
+    programs = {
+        name: program if program.region in changed.steps else found[name][0]
+        for name, program in inference.programs.items()
+    }
+    return replace(inference, plan=changed, programs=programs)
 
 
 def kept(added: Sequence[Planned]) -> int:
@@ -94,7 +131,9 @@ def autograd(plan: FusionPlan) -> str:
     )
 
 
-def methods(added: Sequence[Planned], captured: CapturedModel, space: str, source: ModelSource) -> str:
+def methods(
+    inference: Planned, added: Sequence[Planned], captured: CapturedModel, space: str, source: ModelSource
+) -> str:
     """The text of the methods, which follows `forward`; empty where nothing is kept."""
     if not added:
         return ""
@@ -103,7 +142,12 @@ def methods(added: Sequence[Planned], captured: CapturedModel, space: str, sourc
     expressions = dict(zip(names, (e for e in captured.arguments if e is not None), strict=False))
     this = source.arguments[0]
     call = f"torch.ops.{space}.split({', '.join(expressions[b.name] for b in tensor_inputs(split))})"
-    text = _METHODS.format(this=this, call=call if len(split.outputs) > 1 else f"({call},)")
+    same = all(added[1].programs[region.name] is inference.programs[region.name] for region in inference.plan.regions)
+    text = _METHODS.format(
+        this=this,
+        call=call if len(split.outputs) > 1 else f"({call},)",
+        results="stay the same, bit for bit" if same else "keep TF32's precision",
+    )
     unit = source.indent.removeprefix(source.outer)
 
     def indented(line: str) -> str:
@@ -120,7 +164,7 @@ _halves = ()
 def freeze({this}):
     """For inference: splits the parameters into fp16 halves now, and no more in each call. Returns the model.
 
-    Prints the memory that the halves take. Results stay the same, bit for bit. Until `thaw`, a call cannot have
+    Prints the memory that the halves take. Results {results}. Until `thaw`, a call cannot have
     gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
     """
     with torch.no_grad():
