@@ -172,3 +172,9 @@ def test_a_weight_read_along_k_and_one_that_is_not_aligned() -> None:
     assert error(product(x, w.T.contiguous()), x, w) < 1e-6
     shifted = torch.empty(N * K + 1)[1:].view(N, K).copy_(torch.randn(N, K))
     assert error(product(x, shifted), x, shifted.T) < 1e-6  # left to the patch
+
+
+def test_a_product_of_few_rows_reads_its_weight_as_it_lies() -> None:
+    """Also where a split costs nothing."""
+    products = HalfProducts(CHIPS["sm_90a"], tf32=False, library=False)
+    assert products.gain(16, 4096, 4096) < 0 < products.gain(1024, 4096, 4096)
