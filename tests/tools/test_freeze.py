@@ -123,6 +123,7 @@ def test_tf32_reads_planes() -> None:
     )
     words = 1024 * 2048 // 2 + 1024 + 2048 + 1
     assert kept(file.emitted.frozen) == 4 * words and "Results keep TF32's precision" in file.text
+    assert complaints(file.text) == []
     text = file.text.split(" fusewright_frozen(")[1].split("\n}\n")[0]
     assert f"at::kInt, {{{words}}}" in file.text and "pointer<__half>(halves1)" in text
 

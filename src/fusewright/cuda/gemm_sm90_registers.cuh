@@ -1,5 +1,5 @@
 // GemmSm90 whose operand A arrives as float32, as it lies in memory, and is rounded to fp16 in the consumers' registers:
-// no pass over it beforehand, and nothing of it kept. For a weight that few products read and that may have changed
+// with nothing done beforehand, and nothing of it kept. For a weight that few products read and that may have changed
 // since the last call.
 //
 // Tensor cores take A from registers, but B not. So let A be the weight [M = features, K] and B the split activations
