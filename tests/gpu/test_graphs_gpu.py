@@ -252,3 +252,24 @@ def test_replays_equal_calls_without_graphs_bit_for_bit() -> None:
         for _ in range(8):
             x = random(BATCH, WIDTH)
             assert torch.equal(call(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_that_begin_early_read_nothing_early(dtype: torch.dtype) -> None:
+    """A tower whose launches overlap, with and without graphs, on inputs and weights that were written just before."""
+    torch.manual_seed(0)
+    width = 2048
+    model = nn.Sequential(*[m for _ in range(5) for m in (nn.Linear(width, width), nn.LeakyReLU())])
+    model = model.to(support.DEVICE, dtype).requires_grad_(False)
+    x = torch.empty(BATCH, width, device=support.DEVICE, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for graphs in (False, True):
+        compiled = fusewright.compile(copy.deepcopy(model), cuda_graphs=graphs, library=False)
+        weights = zip(compiled.parameters(), model.parameters(), strict=True)
+        with torch.no_grad():
+            for ours, theirs in itertools.islice(itertools.cycle(list(weights)), 100):
+                ours.copy_(theirs.mul_(-1))
+                found = compiled(x.normal_())
+                expected = model(x)
+                assert (found - expected).norm() <= tolerance * expected.norm()
+                del found
