@@ -193,7 +193,7 @@ def test_a_choice_is_logged_and_its_text_decides(
 
 def test_the_text_decides_while_a_graph_is_captured(contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert run(tuned(contest, given=f"{contest[1]} float32 nt 12x4x8: library")) == "library"
+    assert run(tuned(contest, given=f"{contest[1]} float32 nt 12x4x8: library addmm")) == "library"
 
 
 @pytest.mark.parametrize("change", ["nt 12x4x8", "nn 12x4x8", "nt 16x4x8", "nt 12x4"])
@@ -202,15 +202,24 @@ def test_text_for_something_else_decides_nothing(contest: Any, change: str, monk
     clock = Clock(1.0, 2.0)
     monkeypatch.setattr(autotune, "_times", clock)
     fits = change == "nt 12x4x8"
-    assert run(tuned(contest, given=f"{contest[1]} float32 {change}: library")) == ("library" if fits else "gemm_simt")
+    assert run(tuned(contest, given=f"{contest[1]} float32 {change}: library addmm")) == (
+        "library" if fits else "gemm_simt"
+    )
     assert clock.asked == (0 if fits else 1)
-    assert run(tuned(contest, given=f"{contest[1]} float32 nt 15x7x15: library")) == "library"
+    assert run(tuned(contest, given=f"{contest[1]} float32 nt 15x7x15: library addmm")) == "library"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_programs_of_a_region_have_names_of_their_own(contest: Any, arch: str) -> None:
+    ((_, found),) = candidates(contest[0], chip_for(arch), library=True, tensor_maps=True).items()
+    titles = [title(p) for p in found]
+    assert len(set(titles)) == len(titles) > 4 and {"library mm", "library addmm"} <= set(titles)
 
 
 def test_text_that_names_no_program_is_an_error(contest: Any) -> None:
     built = tuned(contest, given=f"{contest[1]} float32 nt 12x4x8: gemm_simt 7x7")
     for _ in range(2):
-        with pytest.raises(InvalidSetting, match=r"12x4x8: gemm_simt 7x7'; the programs .*'gemm_simt.*'library'"):
+        with pytest.raises(InvalidSetting, match=r"12x4x8: gemm_simt 7x7'; the programs .*'gemm_simt.*'library addmm'"):
             built(X, W, B)
 
 

@@ -178,8 +178,10 @@ def remembered() -> dict[str, list[Choice]]:
 
 
 def title(program: Program) -> str:
-    """The program's family and variant, as a choice names it."""
-    return plain(f"{program.family} {program.variant}".strip())
+    """The program's family and variant, as a choice names it; of the library's, the operator that is called."""
+    call = program.library
+    variant = program.variant if call is None else "mm" if call.bias is None else "addmm"
+    return plain(f"{program.family} {variant}".strip())
 
 
 def _choice(program: Program, sizes: Sizes) -> Choice:
