@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MODES = ("forward", "forward+backward")
+# What takes part where launches matter, on both sides.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "inductor reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
+    "fusewright, CUDA graphs": {"backend": "fusewright", "options": {"cuda_graphs": True}},
+}
 WORKERS = 14  # each holds a CUDA context and torch's libraries
 LATE = 15.0  # seconds past a budget's end that what has begun may take
 
@@ -63,6 +68,14 @@ def attempt(run: Callable[[], Any]) -> Any:
         return run()
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def times_faster(timed: Mapping[str, Mapping[str, Any]], ours: Iterable[str]) -> dict[str, float]:
+    """For each of ours: the best baseline's time over its own. Where ours uses CUDA graphs, so may a baseline."""
+    ms = {name: t["ms"] for name, t in timed.items() if "ms" in t}
+    baselines = {name: v for name, v in ms.items() if name not in ours}
+    plain = [v for name, v in baselines.items() if name not in GRAPHS]
+    return {n: min(baselines.values() if n in GRAPHS else plain) / ms[n] for n in ours if n in ms and plain}
 
 
 @dataclass

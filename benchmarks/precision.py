@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import measure
+from common import GRAPHS, times_faster
 from headline import BATCH, INPUTS, OUTPUTS, Subject, subjects
 from measure import Candidate, Headline
 
@@ -25,9 +26,10 @@ COMPILED: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "inductor max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
     "fusewright": {"backend": "fusewright"},
+    **GRAPHS,
 }
 FROZEN = {"backend": "fusewright", "options": {"freeze": True}}
-OURS = ("fusewright", "frozen")
+OURS = ("fusewright", "frozen", "fusewright, CUDA graphs")
 
 
 def one_flag(names: list[str], trials: int) -> dict[str, Any]:
@@ -43,10 +45,8 @@ def one_flag(names: list[str], trials: int) -> dict[str, Any]:
     }
     for mode, candidates in modes.items():
         timed = measure.interleaved(candidates, trials)
-        best = min(t["ms"] for n, t in timed.items() if n not in OURS and "ms" in t)
-        faster = {n: best / timed[n]["ms"] for n in OURS if "ms" in timed.get(n, {})}
-        report["modes"][mode] = {"timings": timed, "best_ms": best, "times_faster": faster}
-    for name in OURS:
+        report["modes"][mode] = {"timings": timed, "times_faster": times_faster(timed, OURS)}
+    for name in ("fusewright", "frozen"):
         subject = frozen if name == "frozen" else every[name]
         report["kernels"][name] = kernels(subject.forward)
     report["kernels"]["training"] = kernels(every["fusewright"].both)

@@ -124,16 +124,49 @@ def _worst(found: Result) -> str:
 
 def precision(result: Result) -> str:
     """float32 by what torch's flags allow: milliseconds, and how much faster than the best baseline."""
-    header = ["precision, mode", "eager", "torch.compile", "**fusewright**", "frozen", "error ÷ eager's"]
+    header = [
+        "precision, mode",
+        "eager",
+        "torch.compile",
+        "**fusewright**",
+        "frozen",
+        "with CUDA graphs",
+        "error ÷ eager's",
+    ]
     rows = []
     for flag, found in result["flags"].items():
         for mode, measured in found["modes"].items():
             times, faster = measured["timings"], measured["times_faster"]
-            ours = [f"{_ms(times.get(c))} ({faster[c]:.2f}×)" if c in faster else "–" for c in ("fusewright", "frozen")]
+            names = ("fusewright", "frozen", "fusewright, CUDA graphs")
+            ours = [f"{_ms(times.get(c))} ({faster[c]:.2f}×)" if c in faster else "–" for c in names]
             error = f"{found['errors']['fusewright']['over_eager']:.2f}×"
             rows.append([f"{flag}, {mode}", _ms(times.get("eager")), _ms(times.get("inductor")), *ours, error])
-    note = "\nMilliseconds, medians; in brackets times faster than the best baseline. Error: of forward, Frobenius.\n"
+    note = "\nMilliseconds, medians; in brackets times faster than the best baseline (with CUDA graphs where ours has them). "
+    note += "Error: of forward, Frobenius.\n"
     return grid(header, rows) + note + source(result)
+
+
+def graphs(result: Result) -> str:
+    """The example with CUDA graphs on both sides, by dtype and mode."""
+    theirs, ours = "inductor reduce-overhead", "fusewright, CUDA graphs"
+    rows = []
+    for dtype, found in result["dtypes"].items():
+        for mode, measured in found["modes"].items():
+            times, faster = measured["timings"], measured.get("times_faster", {})
+            if ours in faster:
+                candidates = ("eager", "inductor", theirs, ours)
+                rows.append([f"{dtype}, {mode}", *(_ms(times.get(c)) for c in candidates), f"{faster[ours]:.2f}×"])
+    header = [
+        "dtype, mode",
+        "eager",
+        "torch.compile",
+        "reduce-overhead",
+        "**fusewright**",
+        "times faster than the best",
+    ]
+    if not rows:
+        return f"{NOT_MEASURED}: `python benchmarks/headline.py` does it, on a GPU.\n"
+    return grid(header, rows) + f"\nMilliseconds, median of {_trials(result)} trials.\n" + source(result)
 
 
 def overhead(result: Result) -> str:
@@ -356,6 +389,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("headline", headline),
     "accuracy": ("headline", accuracy),
     "overhead": ("headline", overhead),
+    "graphs": ("headline", graphs),
     "precision": ("precision", precision),
     "float32_accuracy": ("accuracy", float32_accuracy),
     "gemm_simt": ("gemm_simt", gemm_simt),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import measure
-from common import Budget, Subject, attempt, compiling_only, geometric_mean, measured_in_turn
+from common import GRAPHS, Budget, Subject, attempt, compiling_only, geometric_mean, measured_in_turn
 from fusewright.capture import model_file
 from zoo import ZOO
 
@@ -24,13 +24,12 @@ WIDTHS = (1024, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGET = 0.8  # of reduce-overhead's time
 
-OURS, THEIRS = "fusewright, CUDA graphs", "inductor reduce-overhead"
+THEIRS, OURS = GRAPHS
 COMPILED: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor": {"backend": "inductor"},
-    THEIRS: {"backend": "inductor", "mode": "reduce-overhead"},
     "fusewright": {"backend": "fusewright"},
-    OURS: {"backend": "fusewright", "options": {"cuda_graphs": True}},
+    **GRAPHS,
 }
 
 Task = tuple[int, str]  # width, dtype
@@ -54,9 +53,12 @@ def prepare(task: Task, trials: int) -> Callable[[], dict[str, Any]]:
 
 
 def one(subjects: Mapping[str, Subject], trials: int) -> dict[str, Any]:
-    timed = measure.interleaved({name: s.candidate("forward") for name, s in subjects.items()}, trials)
+    with measure.recorded() as built:
+        timed = measure.interleaved({name: s.candidate("forward") for name, s in subjects.items()}, trials)
+    chosen = [f"{p.family} {p.variant}" for b in built for p in measure.executable_of(b).programs.values()]
+    weights = sum(p.nbytes for p in subjects[OURS].model.parameters())
     host = {n: attempt(partial(measure.host_microseconds, s.forward, 50, 10)) for n, s in subjects.items()}
-    return {"timings": timed, "host": host, **ratio(timed)}
+    return {"timings": timed, "host": host, "chosen": chosen, "weight_bytes": weights, **ratio(timed)}
 
 
 def ratio(timed: Mapping[str, Any]) -> dict[str, float]:
@@ -80,7 +82,14 @@ def main() -> None:
         ratios = [t["over_reduce_overhead"] for t in report["towers"].values() if "over_reduce_overhead" in t]
         report["geometric_mean"] = geometric_mean(ratios) if ratios else None
         measure.write("tower", report)
-        print(dtype, width, found.get("over_reduce_overhead"), found.get("timings", found), flush=True)
+        print(
+            dtype,
+            width,
+            found.get("over_reduce_overhead"),
+            found.get("timings", found),
+            found.get("chosen"),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -247,3 +247,10 @@ def test_results_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     path = measure.write("sweep", {"summary": sweep.summary([], ["float32"]), "seed": 1})
     assert json.loads(path.read_text())["seed"] == 1
+
+
+def test_ours_with_cuda_graphs_is_beside_all_and_ours_without_beside_those_without() -> None:
+    theirs, ours = common.GRAPHS
+    times = {"eager": 4.0, "inductor": 3.0, theirs: 2.0, "fusewright": 2.0, ours: 1.0}
+    timed = {**{name: {"ms": ms} for name, ms in times.items()}, "frozen": {"failed": "why"}}
+    assert common.times_faster(timed, ("fusewright", "frozen", ours)) == {"fusewright": 1.5, ours: 2.0}

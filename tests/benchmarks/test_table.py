@@ -147,7 +147,9 @@ def compared() -> dict[str, Any]:
 def _results() -> dict[str, Any]:
     errors = {"output": {"median": 0.9, "bias": 1.1}, "gradient of x": {"median": 0.7}}
     timings = {"eager": _timing(2.0), "fusewright": _timing(1.5), "fusewright alone": {"failed": "why"}}
-    mode = {"timings": timings, "floor_ms": 0.75, "over_eager": 0.75, "over_best": 0.75}
+    timings |= {"inductor reduce-overhead": _timing(1.75), "fusewright, CUDA graphs": _timing(1.25)}
+    faster = {"fusewright": 2 / 1.5, "fusewright, CUDA graphs": 1.4}
+    mode = {"timings": timings, "floor_ms": 0.75, "over_eager": 0.75, "over_best": 0.75, "times_faster": faster}
     kernels = {"forward": ["a"], "backward": ["b", "c", "d"]}
     dtype = {
         "modes": {"forward": mode},
@@ -203,6 +205,7 @@ def test_writes_every_table_from_the_results(tmp_path: Path, results: Path) -> N
     assert _run(document, results) == 0
     text = document.read_text()
     assert "| float32, forward | 2.000 | – | – | 1.500 | – | 0.75× | 0.75× | 50% |" in text
+    assert "| float32, forward | 2.000 | – | 1.750 | 1.250 | 1.40× |" in text
     assert "| float32 | 1.10× | 0.70× | – | – | 3 → 1 | 5 → 3 |" in text
     assert "| launch | 3.2 |" in text
     assert "| x·Wᵀ, x 1×3, W 2×3 | 1.000 | 1.250 | tile | 80% | 0.62× |" in text
