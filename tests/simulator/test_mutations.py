@@ -367,6 +367,12 @@ def test_every_deletion_is_noticed(outcomes: Mapping[str, BaseException | None],
     assert "could not compile" not in str(error), str(error)
 
 
+def test_nothing_is_left_of_a_launch_that_failed(outcomes: Mapping[str, BaseException | None]) -> None:
+    """The copies and products of a mutant never end, in memory that the next launch may use again."""
+    torch.manual_seed(0)
+    RUNS["gemm_sm90_registers.cuh"](Simulator())
+
+
 # ---- Generated code -------------------------------------------------------------------------------------------------
 
 GENERATORS = {"kernels/split_f16.py"}  # whose text has barriers of its own
