@@ -141,7 +141,7 @@ def precision(result: Result) -> str:
             ours = [f"{_ms(times.get(c))} ({faster[c]:.2f}×)" if c in faster else "–" for c in names]
             error = f"{found['errors']['fusewright']['over_eager']:.2f}×"
             rows.append([f"{flag}, {mode}", _ms(times.get("eager")), _ms(times.get("inductor")), *ours, error])
-    note = "\nMilliseconds, medians; in brackets times faster than the best baseline (with CUDA graphs where ours has them). "
+    note = "\nMilliseconds; in brackets times faster than the best baseline, with CUDA graphs where ours has them. "
     note += "Error: of forward, Frobenius.\n"
     return grid(header, rows) + note + source(result)
 
