@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import fusewright.tools.optimize
 from fusewright.chip import chip_for
 from fusewright.fusion import reference
 from fusewright.runtime.executable import Executable
@@ -16,7 +17,7 @@ from fusewright.runtime.target import SimulatorTarget
 from fusewright.tools import plan_check
 from fusewright.tools.plan_check import PlanCheck, check
 from fusewright.tools.small import Small, small
-from model_files import varied
+from model_files import MODELS, varied, written
 
 CHIP = chip_for("sm_80")
 
@@ -89,6 +90,22 @@ def test_a_kernel_is_held_against_eager() -> None:
     for wrong in (low, low.float()):
         assert not plan_check._judge(oracle, {"result 0": wrong}, eager).passed
     assert not plan_check._judge(oracle, {}, eager).passed
+
+
+def test_where_tf32_is_allowed_eager_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's eager does. Masks flip in both; what is wrong by more than that is still seen."""
+    monkeypatch.setattr(fusewright.tools.optimize, "tf32_allowed", lambda: True)
+    shipped = written(MODELS["float32 halves"]).emitted.planned
+    outcome = check(reduced(), chip_for("sm_90a"), shipped, schedules=1).kernels
+    assert outcome is not None and outcome.passed and outcome.worst > 0.5
+    call = Executable.__call__
+
+    def worse(self: Executable, *arguments: Any) -> list[Any]:
+        return [r * 1.001 if r is not None and r.is_floating_point() else r for r in call(self, *arguments)]
+
+    monkeypatch.setattr(Executable, "__call__", worse)
+    outcome = check(reduced(), chip_for("sm_90a"), shipped, schedules=1).kernels
+    assert outcome is not None and not outcome.passed
 
 
 def test_sizes_are_said() -> None:
