@@ -87,6 +87,22 @@ def test_negative_factors_on_the_simulator() -> None:
     assert_as_eager(compiled(model), model, torch.randn(5, 9, requires_grad=True))
 
 
+def test_every_size_may_change() -> None:
+    """One compilation for all; the mask's rows have a size of bytes that follows from another size."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(F.linear(x, weight, bias) * 2, 0.1)
+
+    run = compiled(model, dynamic=True)
+    for m, k, n in ((5, 9, 10), (6, 7, 11), (3, 8, 16)):
+        inputs = [torch.randn(shape, requires_grad=True) for shape in ((m, k), (n, k), (n,))]
+        for x in inputs:
+            for dim in range(x.dim()):
+                torch._dynamo.mark_dynamic(x, dim)
+        assert_as_eager(run, model, *inputs)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 class Everything(nn.Module):
     """Many kernels in one model, because each costs compile time in the simulator."""
 

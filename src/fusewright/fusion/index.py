@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import sympy
+
 from fusewright.ir.graph import Node
 from fusewright.ir.size import Size, divides, product, same
 
@@ -170,4 +172,4 @@ def axis_strides(dims: Map, stride: Sequence[Size], space: Space) -> tuple[dict[
         for axis in reversed(dim.axes):
             strides[axis] = strides.get(axis, 0) + scale
             scale = scale * space.sizes[axis]
-    return strides, offset
+    return strides, int(offset) if isinstance(offset, sympy.Integer) else offset
