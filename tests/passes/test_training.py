@@ -174,3 +174,22 @@ def test_within_a_checkpoint_nothing_is_kept() -> None:
         torch.testing.assert_close(a, e)
     assert len(kept[0]) >= 6 and kept[1] == [(M, K)] * 3  # the last is the model's result
     assert products == [12, 12 + 6]
+
+
+def test_random_numbers_within_a_checkpoint_are_kept() -> None:
+    """Drawn again they would be others, and gradients those of another function."""
+    layer = torch.nn.Linear(K, K)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(layer(F.dropout(x) * (torch.rand_like(x) > 0.5)))
+
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x: checkpoint(block, x, use_reentrant=False), backend="fusewright", options={"simulate": True}
+    )
+    x = torch.ones(M, K, requires_grad=True)
+    y = run(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    read = (gradient != 0).float()
+    assert 0 < read.mean() < 0.5
+    torch.testing.assert_close(y, torch.tanh(layer(2 * read)))

@@ -5,7 +5,7 @@ that does not depend on a gradient costs what it takes to keep, and pointwise va
 kept. Booleans cost one bit an element, because they are kept packed, so the gradient of a piecewise-linear activation
 keeps a mask and never the pre-activation. The roundings of 16-bit models are still in the graph, so that what is kept
 of a 16-bit model is 16-bit. What lies within an activation checkpoint is never kept, and its products are computed
-again too; a checkpoint's result never is.
+again too; a checkpoint's result never is, nor are random numbers, which would be others.
 """
 
 from __future__ import annotations
@@ -95,11 +95,17 @@ def _checkpoints(joint: Graph, results: set[Node]) -> tuple[set[Node], set[Node]
         around = {numbers.get(u) for u in users}
         found = {o.checkpoint for o in joint.origins.get(node, ())} or around
         (number, *others) = found or {None}
-        if node.op != "input" and number is not None and not others:
+        if node.op != "input" and number is not None and not others and not _random(node):
             numbers[node] = number
             if around == {number} and node not in results:
                 inner.add(node)
     return set(numbers), inner
+
+
+def _random(node: Node) -> bool:
+    if node.op == "item":
+        return _random(node.inputs[0])
+    return node.op == "aten" and torch.Tag.nondeterministic_seeded in node.attribute("target").tags
 
 
 def _cost(node: Node, overwritten: bool) -> float:
