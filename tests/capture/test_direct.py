@@ -99,6 +99,13 @@ def test_inference_is_never_wrapped(wrapped_calls: list[int]) -> None:
     assert not wrapped_calls
 
 
+def test_operators_of_torch_make_no_gradients_of_their_own(wrapped_calls: list[int]) -> None:
+    """Gradients are on, and a parameter has some, but no result does."""
+    x = torch.randn(5, 9, requires_grad=True)
+    y = torch.compile(lambda x: torch.sort(x.detach())[0], backend="fusewright", options=SIMULATE)(x)
+    assert not y.requires_grad and torch.equal(y, x.detach().sort()[0]) and not wrapped_calls
+
+
 def test_results_are_like_eagers() -> None:
     x = torch.randn(5, 9, requires_grad=True)
     y, z, mask = second(Two(), x)(x)

@@ -48,6 +48,8 @@ class Direct:
         self._plain = self._metadata is not None and _plain(self._metadata, module, inputs)
         if not self._plain:
             return wrapped
+        if self._results is None and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            self._forward = _without_gradients(self._forward)
         self._choose()
         return self.run if self._results is None else lambda *arguments: self.run(*arguments)
 
@@ -78,6 +80,19 @@ def _plain(metadata: Any, module: fx.GraphModule, inputs: Sequence[Any]) -> bool
         and not getattr(metadata, "is_rng_op_functionalized", False)
         and not metadata.num_symints_saved_for_bw
     )
+
+
+def _without_gradients(run: Run | None) -> Run:
+    """Of a graph whose results have no gradients, though its inputs may: torch's operators in it are to make none."""
+    assert run is not None
+
+    def call(*arguments: Any) -> Sequence[Any]:
+        if not torch.is_grad_enabled():
+            return run(*arguments)
+        with torch.no_grad():
+            return run(*arguments)
+
+    return call
 
 
 def _own_memory(output: Any) -> bool:
