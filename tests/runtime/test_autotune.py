@@ -145,12 +145,21 @@ def test_what_is_not_finite_has_no_say() -> None:
     assert not _agrees(other, expected)
 
 
-def test_few_bits_of_a_mask_may_differ() -> None:
-    expected = torch.zeros(1000, dtype=torch.uint8)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_few_bits_of_a_mask_may_differ(dtype: torch.dtype) -> None:
+    expected = torch.zeros(1000, dtype=dtype)
     for count, same in ((10, True), (11, False)):
         other = expected.clone()
         other[:count] = 128
         assert _agrees(other, expected) == same
+
+
+def test_integers_agree_as_floats_do() -> None:
+    expected = torch.tensor([-1000, 3, 2**31 - 1])
+    assert _agrees(expected + 1, expected) and not _agrees(-expected, expected)
+
+
+def test_empty_results_agree() -> None:
     assert _agrees(torch.empty(0), torch.empty(0))
 
 

@@ -210,8 +210,10 @@ def _agrees(a: torch.Tensor, b: torch.Tensor) -> bool:
     """With few operators: to load each of torch's kernels for the first time takes longer than to run it."""
     if not a.numel():
         return True
-    if a.dtype == torch.uint8:
+    if a.dtype in (torch.bool, torch.uint8):
         return int(torch.count_nonzero(a != b)) <= _FLIPPED * a.numel()
+    if not a.is_floating_point():
+        a, b = a.double(), b.double()
     difference = _largest(a - b)
     if not math.isfinite(difference):
         finite = a.isfinite(), b.isfinite()
