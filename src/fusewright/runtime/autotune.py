@@ -160,7 +160,8 @@ class Tuned:
                 )
                 continue
             timed[index] = actions
-        return _times(timed, environment)
+        with torch.cuda.device_of(next(iter(environment.values()))):  # which may not be the caller's current one
+            return _times(timed, environment)
 
 
 def executable_of(built: Executable | Tuned) -> Executable:
