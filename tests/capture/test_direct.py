@@ -18,6 +18,7 @@ SIMULATE = {"simulate": True}
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
@@ -82,6 +83,37 @@ def test_gradients_of_every_step(loss: Callable[..., Tensor], wrapped_calls: lis
         else:
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     assert len(wrapped_calls) == 1  # whose backward was compiled then
+
+
+def test_sizes_that_change(wrapped_calls: list[int]) -> None:
+    """One compilation; what the forward saves has sizes among it."""
+    model = Two()
+    run = torch.compile(model, backend="fusewright", options=SIMULATE)
+    for batch in (5, 7, 2, 11):
+        x = torch.randn(batch, 9)
+        torch._dynamo.mark_dynamic(x, 0)
+        x.requires_grad_()
+        weight = torch.randn(10, batch).t()
+        found, expected = (
+            torch.autograd.grad((call(x)[0] * weight).sum() + call(x)[1].sum(), [x, *model.parameters()])
+            for call in (run, model)
+        )
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert len(wrapped_calls) <= 1  # the first step, if its backward was not compiled before
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_follows_knows_which_sizes_change() -> None:
+    """A second graph takes them for symbols at once, as it does behind the wrappers."""
+    x = torch.randn(5, 9)
+    torch._dynamo.mark_dynamic(x, 0)
+    found = {}
+    for name, options in (("fusewright", SIMULATE), ("aot_eager", None)):
+        with torch.no_grad():
+            y = torch.compile(Two(), backend=name, options=options)(x)[0]
+        found[name] = {k: v for k, v in vars(y).items() if "dynamic" in k}
+    assert found["fusewright"] == found["aot_eager"] != {}
 
 
 def second(model: nn.Module, x: Tensor) -> Any:

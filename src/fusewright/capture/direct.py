@@ -6,16 +6,25 @@ plain graph has neither, and there they cost the host more than all of a trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch.autograd import Function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fusewright.capture.metadata import type_of
+from fusewright.ir.graph import contiguous
+from fusewright.ir.size import same
+
 Run = Callable[..., Sequence[Any]]
-Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and stride
+LayOut = Callable[[Tensor], Tensor]  # gives a gradient the layout that a backward was compiled for
+
+# By this Dynamo knows in the next graph which sizes of a tensor change; torch 2.13 has a name of its own for it.
+_PROPAGATED = hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices")
+_CHANGING_SIZES = "_dynamo_propagated_dynamic_indices" if _PROPAGATED else "_dynamo_weak_dynamic_indices"
 
 
 class Direct:
@@ -26,7 +35,7 @@ class Direct:
         self._forward: Run | None = None
         self._backward: Run | None = None
         self._results: int | None = None  # of a forward that has a backward
-        self._tangents: Sequence[Layout] = ()  # as the backward was compiled for
+        self._tangents: Sequence[LayOut | None] = ()
         self._metadata: Any = None
         self._plain = False
         self.run: Run
@@ -38,7 +47,9 @@ class Direct:
     def add_backward(self, run: Run, graph: fx.GraphModule) -> None:
         placeholders = graph.graph.find_nodes(op="placeholder")
         tangents = [p.meta["val"] for p in placeholders if "tangents" in p.name]
-        self._backward, self._tangents = run, [(t.shape, t.stride()) for t in tangents]
+        tensors = [isinstance(p.meta["val"], Tensor) for p in placeholders]
+        assert tensors == sorted(tensors), "a backward takes sizes, then what was saved, then gradients"
+        self._backward, self._tangents = run, [_lay_out(t) for t in tangents]
         if self._plain:
             self._choose()
 
@@ -55,22 +66,26 @@ class Direct:
 
     def _choose(self) -> None:
         assert self._forward is not None
+        forward = _marking(self._forward, [o.dynamic_dims for o in self._metadata.output_info])
         if self._results is None:
-            self.run = self._forward
+            self.run = forward
             return
         differentiable = [i for i, o in enumerate(self._metadata.output_info) if o.requires_grad]
-        if self._backward is not None and len(differentiable) == len(self._tangents):
-            function = _function(self._forward, self._backward, self._results, differentiable, self._tangents)
+        tangents = [t for t in self._tangents if t is not None]
+        if self._backward is not None and len(differentiable) == len(self._tangents) == len(tangents):
+            function = _function(
+                forward, self._backward, self._results, dict(zip(differentiable, tangents, strict=True))
+            )
             self.run = function.apply
 
 
 def _plain(metadata: Any, module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether all that goes in and comes out are tensors of fixed sizes with memory of their own."""
+    """Whether sizes and tensors go in, and tensors with memory of their own come out."""
     autocast = torch._C._is_any_autocast_enabled()  # which the wrappers switch off for what runs inside
     return (
         not autocast
         and not any(True for _ in (*module.parameters(), *module.buffers()))
-        and all(isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x) for x in inputs)
+        and all(isinstance(x, (int, torch.SymInt)) or _is_tensor(x) for x in inputs)
         and len(inputs) == len(metadata.input_info)
         and all(i.mutation_type.name == "NOT_MUTATED" for i in metadata.input_info)
         and all(_own_memory(o) for o in metadata.output_info)
@@ -78,8 +93,11 @@ def _plain(metadata: Any, module: fx.GraphModule, inputs: Sequence[Any]) -> bool
         and not metadata.tokens
         and not getattr(metadata, "num_graphsafe_rng_states", 0)
         and not getattr(metadata, "is_rng_op_functionalized", False)
-        and not metadata.num_symints_saved_for_bw
     )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
 
 
 def _without_gradients(run: Run | None) -> Run:
@@ -99,27 +117,40 @@ def _own_memory(output: Any) -> bool:
     return (
         output.output_type.name == "non_alias"
         and issubclass(output.raw_type, Tensor)
-        and not output.dynamic_dims
         and getattr(output, "requires_grad_for_backward", output.requires_grad) == output.requires_grad
     )
 
 
-def _function(
-    forward: Run, backward: Run, results: int, differentiable: Sequence[int], tangents: Sequence[Layout]
-) -> type[Function]:
-    """An autograd function of two compiled graphs. differentiable: the results that have gradients, in order."""
-    others = [i for i in range(results) if i not in differentiable]
+def _marking(run: Run, changing: Sequence[set[int] | None]) -> Run:
+    """changing: for each result, the dimensions whose sizes are not fixed."""
+    marks = [(i, dims) for i, dims in enumerate(changing) if dims]
+    if not marks:
+        return run
 
-    def gradients(saved: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, ...]:
-        laid_out = [_with_layout(given[i], *layout) for i, layout in zip(differentiable, tangents, strict=True)]
-        return tuple(backward(*saved, *laid_out))
+    def marked(*arguments: Any) -> Sequence[Any]:
+        found = run(*arguments)
+        for i, dims in marks:
+            setattr(found[i], _CHANGING_SIZES, set(dims))
+        return found
+
+    return marked
+
+
+def _function(forward: Run, backward: Run, results: int, tangents: Mapping[int, LayOut]) -> type[Function]:
+    """An autograd function of two compiled graphs. tangents: by the number of a result that has a gradient."""
+    others = [i for i in range(results) if i not in tangents]
+
+    def gradients(sizes: Sequence[int], saved: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, ...]:
+        return tuple(backward(*sizes, *saved, *[lay_out(given[i]) for i, lay_out in tangents.items()]))
 
     class CompiledGraph(Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Tensor) -> tuple[Any, ...]:
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
             found = forward(*inputs)
+            saved = [t for t in found[results:] if isinstance(t, Tensor)]
             # A view of an input would keep that input's history alive.
-            ctx.save_for_backward(*[t.detach() if t._is_view() else t for t in found[results:]])
+            ctx.save_for_backward(*[t.detach() if t._is_view() else t for t in saved])
+            ctx.sizes = [s for s in found[results:] if not isinstance(s, Tensor)]
             if others:
                 ctx.mark_non_differentiable(*[found[i] for i in others])
             return tuple(found[:results])
@@ -129,9 +160,9 @@ def _function(
         def backward(ctx: Any, *given: Tensor) -> Any:
             if torch.is_grad_enabled():
                 connected = torch.empty(0, requires_grad=True)  # what was saved has no history
-                arguments = (gradients, len(given), connected, *given, *ctx.saved_tensors)
+                arguments = (gradients, ctx.sizes, len(given), connected, *given, *ctx.saved_tensors)
                 return _Once.apply(*arguments)  # type: ignore[no-untyped-call]
-            return gradients(ctx.saved_tensors, given)
+            return gradients(ctx.sizes, ctx.saved_tensors, given)
 
     return CompiledGraph
 
@@ -140,8 +171,10 @@ class _Once(Function):
     """Gradients that know that they were computed from something, and refuse to be differentiated themselves."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: Callable[..., Any], count: int, connected: Tensor, *tensors: Tensor) -> Any:
-        return gradients(tensors[count:], tensors[:count])
+    def forward(
+        ctx: Any, gradients: Callable[..., Any], sizes: Sequence[int], count: int, connected: Tensor, *tensors: Tensor
+    ) -> Any:
+        return gradients(sizes, tensors[count:], tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -151,7 +184,20 @@ class _Once(Function):
         )
 
 
-def _with_layout(tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == stride and tensor.shape == shape:
-        return tensor
-    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def _lay_out(tangent: Tensor) -> LayOut | None:
+    """For a fake gradient as the backward was compiled for; None where no layout can be told from it."""
+    type = type_of(tangent)
+    assert type is not None
+    plain = contiguous(type.shape, type.dtype, type.device)
+    if all(same(a, b) for a, b in zip(type.stride, plain.stride, strict=True)):
+        return lambda t: t.contiguous()
+    if not all(isinstance(n, int) for n in (*type.shape, *type.stride)):
+        return None
+    shape, stride = type.shape, type.stride
+
+    def lay_out(t: Tensor) -> Tensor:
+        return (
+            t if t.stride() == stride else torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+        )
+
+    return lay_out
