@@ -138,6 +138,31 @@ def test_operators_of_torch_make_no_gradients_of_their_own(wrapped_calls: list[i
     assert not y.requires_grad and torch.equal(y, x.detach().sort()[0]) and not wrapped_calls
 
 
+def test_the_history_of_what_is_detached_is_left_alone() -> None:
+    """As in the step of a discriminator, after which the generator's graph is still needed."""
+    run = torch.compile(lambda x, w: torch.relu(x.detach() @ w), backend="fusewright", options=SIMULATE)
+    w = torch.randn(9, 4, requires_grad=True)
+    for _ in range(2):
+        x = torch.randn(5, 9, requires_grad=True)
+        made = torch.exp(x)
+        run(made, w).sum().backward()
+        assert x.grad is None and w.grad is not None
+        made.sum().backward()
+
+
+def test_a_model_may_switch_gradients_on_itself() -> None:
+    def model(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return torch.sin(x) * 2
+
+    run = torch.compile(model, backend="fusewright", options=SIMULATE)
+    x = torch.randn(5, 9, requires_grad=True)
+    for _ in range(2):
+        with torch.no_grad():
+            y = run(x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * torch.cos(x))
+
+
 def test_results_are_like_eagers() -> None:
     x = torch.randn(5, 9, requires_grad=True)
     y, z, mask = second(Two(), x)(x)

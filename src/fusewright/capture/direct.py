@@ -36,6 +36,8 @@ class Direct:
         self._backward: Run | None = None
         self._results: int | None = None  # of a forward that has a backward
         self._tangents: Sequence[LayOut | None] = ()
+        self._requiring: Sequence[int] = ()  # inputs that require gradients,
+        self._unreached: Sequence[int] = ()  # and those that the backward has none for
         self._metadata: Any = None
         self._plain = False
         self.run: Run
@@ -50,6 +52,7 @@ class Direct:
         tensors = [isinstance(p.meta["val"], Tensor) for p in placeholders]
         assert tensors == sorted(tensors), "a backward takes sizes, then what was saved, then gradients"
         self._backward, self._tangents = run, [_lay_out(t) for t in tangents]
+        self._unreached = [i for i, o in enumerate(graph.graph.output_node().args[0]) if o is None]  # type: ignore[arg-type]
         if self._plain:
             self._choose()
 
@@ -59,7 +62,8 @@ class Direct:
         self._plain = self._metadata is not None and _plain(self._metadata, module, inputs)
         if not self._plain:
             return wrapped
-        if self._results is None and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        self._requiring = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        if self._results is None and self._requiring:
             self._forward = _without_gradients(self._forward)
         self._choose()
         return self.run if self._results is None else lambda *arguments: self.run(*arguments)
@@ -76,7 +80,7 @@ class Direct:
             function = _function(
                 forward, self._backward, self._results, dict(zip(differentiable, tangents, strict=True))
             )
-            self.run = function.apply
+            self.run = _with_gradients(function.apply, [i for i in self._requiring if i in self._unreached])
 
 
 def _plain(metadata: Any, module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
@@ -108,6 +112,21 @@ def _without_gradients(run: Run | None) -> Run:
         if not torch.is_grad_enabled():
             return run(*arguments)
         with torch.no_grad():
+            return run(*arguments)
+
+    return call
+
+
+def _with_gradients(run: Run, unreached: Sequence[int]) -> Run:
+    """Of a graph that has gradients wherever it is called: it may switch them on itself. unreached: inputs whose
+    history is none of this call's; a backward would walk it, and free it."""
+
+    def call(*arguments: Any) -> Sequence[Any]:
+        if unreached:
+            arguments = tuple(a.detach() if i in unreached else a for i, a in enumerate(arguments))
+        if torch.is_grad_enabled():
+            return run(*arguments)
+        with torch.enable_grad():
             return run(*arguments)
 
     return call
