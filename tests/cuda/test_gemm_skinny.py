@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from fusewright.runtime.nvrtc import compile_cubin
 
 @dataclass(frozen=True)
 class Skinny:
-    """A configuration of GemmSkinny, with what a launch needs of it."""
+    """A configuration of GemmSkinny, with what a launch needs of it. early: it may begin before the launch before it
+    has ended, and reads b meanwhile."""
 
     element: str = "float"
     row_tiles: int = 1
     tiles: int = 4
     major_b: str = "K"
+    early: bool = False
 
     @property
     def rows(self) -> int:
@@ -40,7 +43,8 @@ class Skinny:
         operands = [arg for name in "ab" for arg in (BufferArg(name, TYPES[self.element]), SIZE)]
         args = *operands, SIZE, SIZE, SIZE, BufferArg("bias", torch.float32), *written
         stage = (2 * self.row_tiles + self.tiles) * 4096
-        return launch_of(self.source(), 256, *args, shared_bytes=min(8, 98304 // stage) * stage)
+        spec = launch_of(self.source(), 256, *args, shared_bytes=min(8, 98304 // stage) * stage)
+        return replace(spec, ahead=("b",)) if self.early else spec
 
     def source(self) -> str:
         return f"""{INCLUDES.get(self.element, "")}#include "gemm_skinny.cuh"
@@ -72,15 +76,16 @@ ALL = [
 # Those that need the most registers; bfloat16 needs what float16 does.
 TIGHT = [s for s in ALL if s.row_tiles * s.tiles >= 4 and s.element != "__nv_bfloat16"]
 SAMPLE = [
-    Skinny("float", 1, 4, "K"),
-    Skinny("float", 2, 1, "MN"),
-    Skinny("__half", 1, 2, "MN"),
-    Skinny("__nv_bfloat16", 2, 2, "K"),
+    Skinny("float", 1, 4, "K", early=True),
+    Skinny("float", 2, 1, "MN", early=True),
+    Skinny("__half", 1, 2, "MN", early=True),
+    Skinny("__nv_bfloat16", 2, 2, "K", early=True),
 ]
 MORE = [Skinny("float", 1, 1, "K"), Skinny("float", 1, 2, "K"), Skinny("float", 1, 2, "MN")]
 SCHEDULES = {"schedules": 2}
 # What the simulator compiles; on the GPU each is compiled when it is launched.
-KERNELS = Kernels(s.launch() for s in dict.fromkeys((*SAMPLE, *MORE)))
+KERNELS = Kernels(s.launch() for s in (*SAMPLE, *MORE))
+EVERY_KERNEL = Kernels(replace(s, early=True).launch() for s in ALL)
 
 
 @pytest.mark.parametrize(
@@ -98,25 +103,27 @@ def lines(count: int, length: int, dtype: torch.dtype, device: str, seed: int) -
     return whole[:count, :length].copy_(values.to(dtype))
 
 
-def product(skinny: Skinny, shape: tuple[int, int, int], device: str, **options: int) -> tuple[torch.Tensor, ...]:
+def product(
+    skinny: Skinny, shape: tuple[int, int, int], device: str, kernels: Kernels = KERNELS, **options: int
+) -> tuple[torch.Tensor, ...]:
     """Runs a product of random matrices: a, b [K, N], bias, and the buffers of results and masks, which are longer."""
     m, n, k = shape
     dtype = TYPES[skinny.element]
     a = lines(m, k, dtype, device, 0)
     b = lines(n, k, dtype, device, 1) if skinny.major_b == "K" else lines(k, n, dtype, device, 1)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to(device)
-    return (a, b.t() if skinny.major_b == "K" else b, bias, *multiply(skinny, a, b, bias, **options))
+    return (a, b.t() if skinny.major_b == "K" else b, bias, *multiply(skinny, a, b, bias, kernels, **options))
 
 
 def multiply(
-    skinny: Skinny, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, **options: int
+    skinny: Skinny, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, kernels: Kernels = KERNELS, **options: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The buffers of results and masks. b: its lines."""
     (m, k), n = a.shape, bias.numel()
     out = torch.full((m * n + 64,), torch.nan, device=a.device)
     mask = torch.full((m * -(-n // 8) + 64,), 0xA5, device=a.device, dtype=torch.uint8)
     grid = (-(-m // skinny.rows) * -(-n // skinny.columns),)
-    KERNELS.run(skinny.launch(), grid, a, a.stride(0), b, b.stride(0), m, n, k, bias, out, mask, **options)
+    kernels.run(skinny.launch(), grid, a, a.stride(0), b, b.stride(0), m, n, k, bias, out, mask, **options)
     return out, mask
 
 
@@ -208,3 +215,15 @@ def test_any_order_of_threads_gives_the_same() -> None:
 def test_the_same_twice(skinny: Skinny) -> None:
     first, second = (product(skinny, (skinny.rows, 1000, 4096), "cuda")[3] for _ in range(2))
     assert same_bits(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skinny", ALL, ids=str)
+def test_simulator_gives_the_bits_of_the_gpu(skinny: Skinny) -> None:
+    """Over several blocks and once around the ring; whether or not the launch may begin early."""
+    shape = skinny.rows + 1, skinny.columns + 3, 9 * skinny.step + 9
+    early = replace(skinny, early=True)
+    simulated = product(early, shape, "cpu", EVERY_KERNEL, schedules=1)
+    for each in (skinny, early):
+        real = product(each, shape, "cuda")
+        assert all(itertools.starmap(same_bits, zip(simulated, real, strict=True)))

@@ -3,14 +3,15 @@ formulation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from hopper_kernels import map_of, run
+from hopper_kernels import ELEMENTS, map_of, run
 
 Result = tuple[torch.Tensor, torch.Tensor]  # what the kernel wrote, and what it must have written
 Case = Callable[[str], Result]  # of a device
 CASES: dict[str, Case] = {}
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a [64, k], b [k, n] of one dtype, c [64, n] float32
 
 
 def case(function: Case) -> Case:
@@ -43,15 +44,20 @@ def toward_zero(x: torch.Tensor) -> torch.Tensor:
 
 
 def fused_sum(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """c [M, N] + a [M, 16] · b [16, N] as one sum of 17 terms: cut off 25 bits below the largest exponent, exact, then
-    rounded toward zero."""
+    """c [M, N] + a [M, k] · b [k, N] as one sum of k + 1 terms: cut off 25 bits below the largest exponent, exact, then
+    rounded toward zero. Of floats the upper 19 bits count (TF32)."""
+    if a.dtype == torch.float32:
+        a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
     least = -14 if a.dtype == torch.float16 else -126
     terms = a.double()[:, :, None] * b.double()[None]
     exponents = exponent(a.double(), least)[:, :, None] + exponent(b.double(), least)[None]
     largest = torch.maximum(exponents.amax(1), exponent(c.double(), -126)).clamp(min=-500)
     quantum = torch.ldexp(torch.ones_like(largest, dtype=torch.float64), largest - 25)
     total = (terms / quantum[:, None]).trunc().sum(1) + (c.double() / quantum).trunc()
-    return toward_zero(total * quantum)
+    plain = terms.sum(1) + c.double()  # exact enough to tell infinities and NaNs, which follow IEEE's rules
+    found = toward_zero(total * quantum).where(plain.isfinite(), plain.float())
+    found.view(torch.int32)[plain.isnan()] = 0x7FFFFFFF  # the only one that tensor cores know
+    return found
 
 
 # ---- Matrices in shared memory, as PTX describes them ---------------------------------------------------------------
@@ -120,79 +126,101 @@ def rounded(device: str, kernel: str, a: torch.Tensor, b: torch.Tensor, c: torch
     return result, accumulators(fused_sum(c, a, b))
 
 
+def operands(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    return random(64, k).to(dtype), random(k, n, seed=1).to(dtype), random(64, n, seed=2)
+
+
+def operands_of_every_magnitude(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    def wide(*shape: int, seed: int, range: int) -> torch.Tensor:
+        powers = torch.randint(-range, range, shape, generator=torch.Generator().manual_seed(seed + 9))
+        return torch.ldexp(random(*shape, seed=seed), powers)
+
+    factors, sums = (12, 30) if dtype == torch.float16 else (20, 45)
+    a, b, c = wide(64, k, seed=0, range=factors), wide(k, n, seed=1, range=factors), wide(64, n, seed=2, range=sums)
+    if dtype != torch.float16:
+        a[:8], b[:, :16], c[:8] = a[:8] * 2.0**-80, b[:, :16] * 2.0**-60, c[:8] * 2.0**-120  # subnormal sums
+        a[0], b[:, 20] = a[0] * 2.0**-50, b[:, 20] * 2.0**80  # subnormal factors
+    return a.to(dtype), b.to(dtype), c
+
+
+def operands_that_cancel(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    """Large terms cancel, and what was cut off shows; signs and carries of truncation."""
+    a, b, c = random(64, k).to(dtype), random(k, n, seed=1).to(dtype), torch.zeros(64, n)
+    a[:, k // 2 :], b[k // 2 :] = -a[:, : k // 2], b[: k // 2]
+    a[:, 0] *= 2.0 ** torch.arange(64)[:, None].fmod(12)[:, 0]
+    a[:, k // 2] = -a[:, 0]
+    b[3] += 2.0**-9
+    c[:, ::2] = random(64, n // 2, seed=3) * 2.0**-12
+    return a, b, c
+
+
+def subnormal_operands(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    down = 0 if dtype == torch.float16 else 112  # from the smallest normal number of float16 to the others'
+    a, b, c = operands(dtype, k, n)
+    b[:, ::2] *= 2.0 ** (-17 - down)
+    b[:, 1::4] *= 2.0**down
+    return a * 2.0 ** (-16 - down), b, c * 2.0 ** (-24 - down)
+
+
+def operands_beyond_the_range(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    a, b, c = operands(dtype, k, n)
+    a[0, 0], a[1, 1], a[2, 2], a[3, 3] = torch.inf, -torch.inf, torch.nan, torch.inf
+    b[3, :5], b[4, 6], c[8, :3], c[9, 4] = 0.0, torch.inf, -torch.inf, torch.nan
+    return a, b, c
+
+
+def operands_that_overflow(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    """Sums, not factors. float16's products are too small for that."""
+    a, b, c = operands(dtype, k, n)
+    a[::2] *= 2.0**64
+    b[:, ::2] *= 2.0**63
+    return a, b, c
+
+
+def zeros(dtype: torch.dtype, k: int = 16, n: int = 128) -> Operands:
+    a, b, c = torch.zeros(64, k, dtype=dtype), random(k, n).to(dtype), torch.zeros(64, n)
+    a[::2], c[:, ::2] = -0.0, -0.0
+    return a, b, c
+
+
 @case
 def sums_of_normal_numbers(device: str) -> Result:
-    return rounded(device, "half_k_k", random(64, 16).half(), random(16, 128, seed=1).half(), random(64, 128, seed=2))
+    return rounded(device, "half_k_k", *operands(torch.float16))
 
 
 @case
 def sums_of_every_magnitude(device: str) -> Result:
-    def wide(*shape: int, seed: int, range: int) -> torch.Tensor:
-        powers = torch.randint(-range, range, shape, generator=torch.Generator().manual_seed(seed + 9))
-        return torch.ldexp(random(*shape, seed=seed), powers)
-
-    a, b, c = wide(64, 16, seed=0, range=12), wide(16, 128, seed=1, range=12), wide(64, 128, seed=2, range=30)
-    return rounded(device, "half_k_k", a.half(), b.half(), c)
+    return rounded(device, "half_k_k", *operands_of_every_magnitude(torch.float16))
 
 
 @case
 def sums_of_bfloat16(device: str) -> Result:
-    def wide(*shape: int, seed: int, range: int) -> torch.Tensor:
-        powers = torch.randint(-range, range, shape, generator=torch.Generator().manual_seed(seed + 9))
-        return torch.ldexp(random(*shape, seed=seed), powers)
-
-    a, b, c = wide(64, 16, seed=0, range=20), wide(16, 256, seed=1, range=20), wide(64, 256, seed=2, range=45)
-    a[:8], b[:, :16], c[:8] = a[:8] * 2.0**-80, b[:, :16] * 2.0**-60, c[:8] * 2.0**-120  # subnormal sums
-    a[0], b[:, 20] = a[0] * 2.0**-50, b[:, 20] * 2.0**80  # subnormal factors
-    return rounded(device, "bfloat16_k_k", a.bfloat16(), b.bfloat16(), c)
+    return rounded(device, "bfloat16_k_k", *operands_of_every_magnitude(torch.bfloat16, n=256))
 
 
 @case
 def sums_that_cancel(device: str) -> Result:
-    """Large terms cancel, and what was cut off shows; signs and carries of truncation."""
-    a, b, c = random(64, 16).half(), random(16, 128, seed=1).half(), torch.zeros(64, 128)
-    a[:, 8:], b[8:] = -a[:, :8], b[:8]
-    a[:, 0] *= 2.0 ** torch.arange(64)[:, None].fmod(12)[:, 0]
-    a[:, 8] = -a[:, 0]
-    b[3] += 2.0**-9
-    c[:, ::2] = random(64, 64, seed=3) * 2.0**-12
-    return rounded(device, "half_k_k", a, b, c)
+    return rounded(device, "half_k_k", *operands_that_cancel(torch.float16))
 
 
 @case
 def sums_of_subnormal_factors(device: str) -> Result:
-    a, b = random(64, 16).half() * 2.0**-16, random(16, 128, seed=1).half()
-    b[:, ::2] *= 2.0**-17
-    return rounded(device, "half_k_k", a, b, random(64, 128, seed=2) * 2.0**-24)
+    return rounded(device, "half_k_k", *subnormal_operands(torch.float16))
 
 
 @case
 def sums_beyond_the_range(device: str) -> Result:
-    """Infinities and NaNs by IEEE's rules, but that tensor cores know one NaN."""
-    a, b, c = random(64, 16).half(), random(16, 128, seed=1).half(), random(64, 128, seed=2)
-    a[0, 0], a[1, 1], a[2, 2], a[3, 3] = torch.inf, -torch.inf, torch.nan, torch.inf
-    b[3, :5], b[4, 6], c[8, :3], c[9, 4] = 0.0, torch.inf, -torch.inf, torch.nan
-    result, expected = rounded(device, "half_k_k", a, b, c)
-    plain = accumulators((c.double() + a.double() @ b.double()).float())
-    expected = expected.where(plain.isfinite(), plain)
-    expected.view(torch.int32)[plain.isnan()] = 0x7FFFFFFF
-    return result, expected
+    return rounded(device, "half_k_k", *operands_beyond_the_range(torch.float16))
 
 
 @case
 def sums_that_overflow(device: str) -> Result:
-    a, b, c = random(64, 16).bfloat16(), random(16, 256, seed=1).bfloat16(), random(64, 256, seed=2)
-    a[::2] *= 2.0**64
-    b[:, ::2] *= 2.0**63
-    result, expected = rounded(device, "bfloat16_k_k", a, b, c)
-    return result, expected
+    return rounded(device, "bfloat16_k_k", *operands_that_overflow(torch.bfloat16, n=256))
 
 
 @case
 def sums_of_zeros(device: str) -> Result:
-    a, b, c = torch.zeros(64, 16).half(), random(16, 128).half(), torch.zeros(64, 128)
-    a[::2], c[:, ::2] = -0.0, -0.0
-    return rounded(device, "half_k_k", a, b, c)
+    return rounded(device, "half_k_k", *zeros(torch.float16))
 
 
 @case
@@ -215,6 +243,74 @@ def factors_from_registers(device: str) -> Result:
     plain.image, plain.descriptor = a.flatten(), 0
     second = Matrix(b.T, "K", 32, 2048)
     return multiply(device, "from_registers", plain, second, c), accumulators(fused_sum(c, a, b))
+
+
+# ---- The same by single warps, of every type: mma.sync --------------------------------------------------------------
+
+
+def tiles(device: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """c [64, N] + a [64, k] · b [k, N], in steps of 32 bytes of k."""
+    d = torch.zeros_like(c, device=device)
+    lines = [x.contiguous().view(torch.int32).to(device) for x in (a, b.T)]
+    kernel, steps = f"tiles_of_{ELEMENTS[a.dtype].strip('_')}", lines[0].shape[1] // 8
+    run(kernel, 32, [*lines, c.shape[1], steps, c.to(device), d], grid=4 * c.shape[1] // 8)
+    return d.cpu()
+
+
+def by_tiles(device: str, make: Callable[[torch.dtype, int], Operands], dtypes: Iterable[torch.dtype]) -> Result:
+    """Of every dtype, one after the other: products of one step."""
+    made = [make(dtype, 32 // dtype.itemsize) for dtype in dtypes]
+    expected = [fused_sum(c, a, b) for a, b, c in made]
+    return torch.stack([tiles(device, *operands) for operands in made]), torch.stack(expected)
+
+
+@case
+def tiles_of_normal_numbers(device: str) -> Result:
+    return by_tiles(device, operands, ELEMENTS)
+
+
+@case
+def tiles_of_every_magnitude(device: str) -> Result:
+    return by_tiles(device, operands_of_every_magnitude, ELEMENTS)
+
+
+@case
+def tiles_that_cancel(device: str) -> Result:
+    return by_tiles(device, operands_that_cancel, ELEMENTS)
+
+
+@case
+def tiles_of_subnormal_factors(device: str) -> Result:
+    return by_tiles(device, subnormal_operands, ELEMENTS)
+
+
+@case
+def tiles_beyond_the_range(device: str) -> Result:
+    return by_tiles(device, operands_beyond_the_range, ELEMENTS)
+
+
+@case
+def tiles_that_overflow(device: str) -> Result:
+    return by_tiles(device, operands_that_overflow, (torch.bfloat16, torch.float32))
+
+
+@case
+def tiles_of_zeros(device: str) -> Result:
+    return by_tiles(device, zeros, ELEMENTS)
+
+
+@case
+def chains_of_tiles(device: str) -> Result:
+    """Four steps into the same accumulators."""
+    results, expected = [], []
+    for dtype in ELEMENTS:
+        k = 32 // dtype.itemsize
+        a, b, sums = operands(dtype, 4 * k)
+        results.append(tiles(device, a, b, sums))
+        for step in range(0, 4 * k, k):
+            sums = fused_sum(sums, a[:, step : step + k], b[step : step + k])
+        expected.append(sums)
+    return torch.stack(results), torch.stack(expected)
 
 
 # ---- Layouts --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, SizeArg, Tenso
 from fusewright.simulator.simulate import Simulator
 
 # 1024-byte aligned shared memory, and mbarriers in front of it.
-HEAD = """#include "sm90.cuh"
+HEAD = """#include "mma.cuh"
+#include "sm90.cuh"
 using namespace fusewright;
 __device__ __forceinline__ unsigned char* aligned() {
     extern __shared__ __align__(16) unsigned char dynamic[];
@@ -61,6 +62,8 @@ def _product(name: str, element: str, a: str, b: str, sums: int) -> str:
     return _PRODUCT.replace("NAME", name).replace("SUMS", str(sums)).replace("MULTIPLY", multiply)
 
 
+ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
+
 _REGISTERS = _PRODUCT.replace("NAME", "from_registers").replace("SUMS", "64").replace(
     "MULTIPLY",
     """const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, k = threadIdx.x % 4;
@@ -72,6 +75,25 @@ _REGISTERS = _PRODUCT.replace("NAME", "from_registers").replace("SUMS", "64").re
         wgmma_commit();
         wgmma_wait<0>();""",
 )  # fmt: skip
+
+# A block is a warp, and has a tile of c; a row of a, a column of b: 8 words a step.
+_TILES = """
+extern "C" __global__ void __launch_bounds__(32) NAME(const uint32_t* a, const uint32_t* b, int64_t columns,
+                                                      int64_t steps, const float* c, float* d) {
+    const int group = threadIdx.x / 4, t = threadIdx.x % 4;
+    const int64_t row = blockIdx.x / (columns / 8) * 16 + group, column = blockIdx.x % (columns / 8) * 8;
+    const int64_t first = row * columns + column + 2 * t;
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[first + i / 2 * 8 * columns + i % 2];
+    for (int step = 0; step < steps; ++step) {
+        const uint32_t *upper = a + (row * steps + step) * 8 + t, *lower = upper + 8 * steps * 8;
+        const uint32_t* other = b + ((column + group) * steps + step) * 8 + t;
+        const uint32_t rows[4] = {upper[0], lower[0], upper[4], lower[4]}, line[2] = {other[0], other[4]};
+        multiply_tile<ELEMENT>(sums, rows, line);
+    }
+    for (int i = 0; i < 4; ++i) d[first + i / 2 * 8 * columns + i % 2] = sums[i];
+}
+"""
 
 _OTHERS = """
 // One box to shared memory, which is shown as it lies there.
@@ -201,6 +223,7 @@ SOURCE = (
     + _product("half_mn_mn", "__half", "MN", "MN", 64)
     + _product("bfloat16_k_k", "__nv_bfloat16", "K", "K", 128)
     + _REGISTERS
+    + "".join(_TILES.replace("NAME", f"tiles_of_{e.strip('_')}").replace("ELEMENT", e) for e in ELEMENTS.values())
     + _OTHERS
 )
 SHARED_BYTES = 80 * 1024

@@ -51,6 +51,11 @@ void async_wait_all();
 // Waits until the launch before this one has ended.
 void launch_before_wait();
 
+// Types of the tensor cores' factors; of a TF32 number's word the lower 13 bits are ignored.
+enum class Factor : uint8_t { Half, Bfloat16, Tf32 };
+// What a thread gets from mma.sync: d (2 × 2) += two rows of A · two columns of B, of 32 bytes each.
+void mma(float (&d)[4], const uint32_t (&rows)[2][8], const uint32_t (&columns)[2][8], Factor type);
+
 // ---- Hopper ---------------------------------------------------------------------------------------------------------
 
 // Where a pointer into shared memory lies there, as 32-bit addresses count it.

@@ -239,9 +239,10 @@ std::vector<uint16_t> Block::columns(const IssuedProduct& product) {
 
 void Block::execute(IssuedProduct& product, unsigned index) {
     const unsigned sums = product.columns / 2;
+    const Factor type = product.bfloat16 ? Factor::Bfloat16 : Factor::Half;
     Decoded a, b;
-    a.decode(factors(product, index).data(), 16, 16, product.bfloat16);
-    b.decode(columns(product).data(), 16, product.columns, product.bfloat16);
+    a.decode(factors(product, index).data(), 16, 16, type);
+    b.decode(columns(product).data(), 16, product.columns, type);
     std::vector<float> row(product.columns);
     for (unsigned y = 0; y < 16; ++y) {
         // Row y lies in four lanes, two neighbouring columns in each of them.
