@@ -160,7 +160,8 @@ class Tuned:
                 )
                 continue
             timed[index] = actions
-        with torch.cuda.device_of(next(iter(environment.values()))):  # which may not be the caller's current one
+        there = next(iter(environment.values()))  # which may not be the caller's current device
+        with torch.cuda.device_of(there):  # type: ignore[no-untyped-call]
             return _times(timed, environment)
 
 
