@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fusewright.capture.backend import decompositions
 from fusewright.capture.fx import from_fx
+from fusewright.capture.interrupts import postponed
 from fusewright.capture.joint import partition_joint
 from fusewright.capture.metadata import size_of
 from fusewright.errors import CannotCapture
@@ -200,7 +201,7 @@ def _record(
     try:
         for p, _ in required:
             p.requires_grad_(p.is_floating_point())
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), postponed():
             returned = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
     except Unsupported as error:
         reason = str(error).split("\n\n")[0].strip()
