@@ -47,6 +47,17 @@ def compiled(model: Any, *, dynamic: bool | None = None, **options: Any) -> Any:
 
 
 @contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Products may round to TF32. (pytest's monkeypatch cannot undo it: torch's flags are no plain attributes.)"""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@contextmanager
 def building() -> Iterator[list[Executable]]:
     """Collects the executables that are built inside, in order: a graph's forward before its backward."""
     original, built = compiler.build, []

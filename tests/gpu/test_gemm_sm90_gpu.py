@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import aot_function, make_boxed_func
-from gpu_support import AtenSeen, building, compiled, headline, problems, random
+from gpu_support import AtenSeen, building, compiled, headline, problems, random, tf32_allowed
 from torch import Tensor, nn
 
 from fusewright import compiler
@@ -181,12 +181,12 @@ def test_float32_is_more_accurate_than_sgemm(draw: Callable[..., Tensor], k: int
     assert abs(float((error * exact.sign()).mean() / exact.abs().mean())) < 5e-7
 
 
-def test_one_product_is_as_accurate_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_is_as_accurate_as_tf32() -> None:
     x, w = random(2048, 1024), random(1024, 2048)
     exact = x.double() @ w.double()
     found = relative(sm90(product, tf32=True)(x, w), exact)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert found < 1.05 * relative(x @ w, exact)
+    with tf32_allowed():
+        assert found < 1.05 * relative(x @ w, exact)
 
 
 def specials() -> dict[str, tuple[Tensor, Tensor]]:
@@ -289,12 +289,11 @@ def test_any_batch() -> None:
         assert len(built) == 1 and families(built[0]) == ["gemm_sm90"]
 
 
-def test_precision_follows_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_follows_the_flags() -> None:
     call = compiled(product, library=False)
     x, w = random(2048, 2048), random(2048, 2048)
     exact = x.double() @ w.double()
     assert relative(call(x, w), exact) < TOLERANCE[torch.float32]
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    with tf32_allowed():
         assert 1e-4 < relative(call(x, w), exact) < TF32_TOLERANCE
     assert relative(call(x, w), exact) < TOLERANCE[torch.float32]

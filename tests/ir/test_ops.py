@@ -147,7 +147,8 @@ def eager(overload: Any, arguments: list[Any]) -> torch.Tensor | None:
         result = call(overload, arguments)
         narrow = [isinstance(a, torch.Tensor) and a.is_floating_point() and a.itemsize == 2 for a in arguments]
         if overload._schema.name in NAN_AT_INFINITY:
-            return call(overload, [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]).to(result.dtype)
+            wide = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+            return call(overload, wide).to(result.dtype)
         if result.is_floating_point() and any(narrow):
             wide = [a.float() if n else a for a, n in zip(arguments, narrow, strict=True)]
             return call(overload, wide).to(result.dtype)
