@@ -250,7 +250,7 @@ def attempt(*options):
         cli.main()
     except SystemExit as stop:
         print("@exit", stop.code, *sorted(p.name for p in Path(".").iterdir()), flush=True)
-    # What still compiles ends, and the next attempt has a cache of its own: so it is interrupted in what it does itself.
+    # What still compiles ends, and the next attempt has a cache of its own: it is interrupted in what it does itself.
     nvrtc._COMPILERS.shutdown()
     nvrtc._COMPILERS = ThreadPoolExecutor(2)
     os.environ["FUSEWRIGHT_CACHE_DIR"] += "+"
