@@ -24,6 +24,14 @@ class MixedDevices(FusewrightError):
     """The model's tensors live on more than one device."""
 
 
+class UnexpectedTensor(FusewrightError):
+    """A backward got a tensor of another kind, dtype or shape than the graph was compiled for."""
+
+
+class OverwrittenInBackward(FusewrightError):
+    """A backward of the model's own overwrites a tensor, such as a buffer of statistics."""
+
+
 class FrozenGradients(FusewrightError):
     """Gradients are asked for of a model whose parameters were declared frozen."""
 

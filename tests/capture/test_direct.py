@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fusewright.capture import backend, direct
 
@@ -161,6 +162,29 @@ def test_a_model_may_switch_gradients_on_itself() -> None:
         with torch.no_grad():
             y = run(x)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * torch.cos(x))
+
+
+def test_a_model_that_leaves_gradients_switched_off() -> None:
+    def model(x: Tensor) -> Tensor:
+        y = torch.sin(x)
+        torch.set_grad_enabled(False)
+        return y
+
+    run = torch.compile(model, backend="fusewright", options=SIMULATE)
+    for _ in range(2):
+        try:
+            y = run(torch.randn(3, requires_grad=True))
+            assert not torch.is_grad_enabled()
+        finally:
+            torch.set_grad_enabled(True)
+        y.sum().backward()
+
+
+def test_forward_mode_is_refused() -> None:
+    run = torch.compile(torch.sin, backend="fusewright", options=SIMULATE)
+    run(torch.randn(4))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse mode only"):
+        run(forward_ad.make_dual(torch.randn(4), torch.ones(4)))
 
 
 def test_results_are_like_eagers() -> None:

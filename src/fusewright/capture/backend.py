@@ -14,8 +14,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 
 from fusewright import compiler
+from fusewright.capture.arguments import bringing
 from fusewright.capture.direct import Direct
-from fusewright.capture.fx import from_fx, host_numbers
+from fusewright.capture.fx import from_fx
 from fusewright.capture.joint import RESULTS, partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
 from fusewright.errors import FrozenGradients, MixedDevices
@@ -84,7 +85,7 @@ def fusewright(
         results = graph.meta.get(RESULTS)
         replayed = Replayed.of(built, stationary(graph), results, kept) if settings.cuda_graphs else built
         donate_nothing()
-        run = _bringing(replayed, host_numbers(graph), device)
+        run = bringing(replayed, graph, device, backward=is_backward(graph))
         if is_backward(graph):
             direct.add_backward(run, graph)
         else:
@@ -104,20 +105,6 @@ def fusewright(
     with functorch_config.patch(force_non_lazy_backward_lowering=not settings.simulate):
         wrapped: Callable[..., Any] = compiling(module, example_inputs)
     return direct.around(wrapped, module, example_inputs)
-
-
-def _bringing(run: Callable[..., Any], numbers: Sequence[int], device: torch.device) -> Callable[..., Any]:
-    """Brings arguments that are numbers on the CPU to the device; Python floats that change come so."""
-    if not numbers or device.type == "cpu":
-        return run
-
-    def call(*arguments: Any) -> Any:
-        brought = list(arguments)
-        for i in numbers:
-            brought[i] = brought[i].to(device, non_blocking=True)
-        return run(*brought)
-
-    return call
 
 
 def target_for(device: torch.device, settings: Settings) -> Target:

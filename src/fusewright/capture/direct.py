@@ -6,21 +6,20 @@ plain graph has neither, and there they cost the host more than all of a trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo  # before what it imports itself
 from torch import Tensor, fx
 from torch._functorch._aot_autograd import runtime_wrappers
-from torch.autograd import Function
+from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
+from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fusewright.capture.metadata import type_of
-from fusewright.ir.graph import contiguous
-from fusewright.ir.size import same
+from fusewright.capture.arguments import lay_out, tangents
 
 Run = Callable[..., Sequence[Any]]
-LayOut = Callable[[Tensor], Tensor]  # gives a gradient the layout that a backward was compiled for
 
 # By this Dynamo knows in the next graph which sizes of a tensor change; torch 2.13 has a name of its own for it.
 _PROPAGATED = hasattr(runtime_wrappers, "mark_dynamo_propagated_dynamic_indices")
@@ -35,7 +34,7 @@ class Direct:
         self._forward: Run | None = None
         self._backward: Run | None = None
         self._results: int | None = None  # of a forward that has a backward
-        self._tangents: Sequence[LayOut | None] = ()
+        self._tangents = 0  # gradients that the backward takes
         self._requiring: Sequence[int] = ()  # inputs that require gradients,
         self._unreached: Sequence[int] = ()  # and those that the backward has none for
         self._metadata: Any = None
@@ -47,11 +46,11 @@ class Direct:
         self._forward, self._results, self._metadata = run, results, context and context.fw_metadata
 
     def add_backward(self, run: Run, graph: fx.GraphModule) -> None:
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        tangents = [p.meta["val"] for p in placeholders if "tangents" in p.name]
-        tensors = [isinstance(p.meta["val"], Tensor) for p in placeholders]
+        tensors = [isinstance(p.meta["val"], Tensor) for p in graph.graph.find_nodes(op="placeholder")]
         assert tensors == sorted(tensors), "a backward takes sizes, then what was saved, then gradients"
-        self._backward, self._tangents = run, [_lay_out(t) for t in tangents]
+        if any(lay_out(t) is None for t in tangents(graph)):
+            return  # the wrappers know how
+        self._backward, self._tangents = run, len(tangents(graph))
         self._unreached = [i for i, o in enumerate(graph.graph.output_node().args[0]) if o is None]  # type: ignore[arg-type]
         if self._plain:
             self._choose()
@@ -70,24 +69,23 @@ class Direct:
 
     def _choose(self) -> None:
         assert self._forward is not None
-        forward = _marking(self._forward, [o.dynamic_dims for o in self._metadata.output_info])
+        forward = _without_duals(_marking(self._forward, [o.dynamic_dims for o in self._metadata.output_info]))
         if self._results is None:
             self.run = forward
             return
         differentiable = [i for i, o in enumerate(self._metadata.output_info) if o.requires_grad]
-        tangents = [t for t in self._tangents if t is not None]
-        if self._backward is not None and len(differentiable) == len(self._tangents) == len(tangents):
-            function = _function(
-                forward, self._backward, self._results, dict(zip(differentiable, tangents, strict=True))
-            )
+        if self._backward is not None and len(differentiable) == self._tangents:
+            function = _function(forward, self._backward, self._results, differentiable)
             self.run = _with_gradients(function.apply, [i for i in self._requiring if i in self._unreached])
 
 
 def _plain(metadata: Any, module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether sizes and tensors go in, and tensors with memory of their own come out."""
+    """Whether sizes and tensors go in, tensors with memory of their own come out, and nothing else changes."""
     autocast = torch._C._is_any_autocast_enabled()  # which the wrappers switch off for what runs inside
     return (
         not autocast
+        and metadata.grad_enabled_mutation is None
+        and not saved_tensors_hooks_are_inlineable(top_saved_tensors_hooks())  # they are in the graph
         and not any(True for _ in (*module.parameters(), *module.buffers()))
         and all(isinstance(x, (int, torch.SymInt)) or _is_tensor(x) for x in inputs)
         and len(inputs) == len(metadata.input_info)
@@ -155,12 +153,28 @@ def _marking(run: Run, changing: Sequence[set[int] | None]) -> Run:
     return marked
 
 
-def _function(forward: Run, backward: Run, results: int, tangents: Mapping[int, LayOut]) -> type[Function]:
-    """An autograd function of two compiled graphs. tangents: by the number of a result that has a gradient."""
-    others = [i for i in range(results) if i not in tangents]
+def _without_duals(run: Run) -> Run:
+    """Derivatives in forward mode would be lost."""
+
+    def call(*arguments: Any) -> Sequence[Any]:
+        if forward_ad._current_level >= 0:
+            for a in arguments:
+                if isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:  # type: ignore[no-untyped-call]
+                    raise RuntimeError(
+                        "fusewright compiles gradients in reverse mode only: call the model without torch.compile "
+                        "where derivatives in forward mode are needed"
+                    )
+        return run(*arguments)
+
+    return call
+
+
+def _function(forward: Run, backward: Run, results: int, differentiable: Sequence[int]) -> type[Function]:
+    """An autograd function of two compiled graphs. differentiable: the results that have gradients."""
+    others = [i for i in range(results) if i not in differentiable]
 
     def gradients(sizes: Sequence[int], saved: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Any, ...]:
-        return tuple(backward(*sizes, *saved, *[lay_out(given[i]) for i, lay_out in tangents.items()]))
+        return tuple(backward(*sizes, *saved, *[given[i] for i in differentiable]))
 
     class CompiledGraph(Function):
         @staticmethod
@@ -172,6 +186,7 @@ def _function(forward: Run, backward: Run, results: int, tangents: Mapping[int, 
             ctx.sizes = [s for s in found[results:] if not isinstance(s, Tensor)]
             if others:
                 ctx.mark_non_differentiable(*[found[i] for i in others])
+                ctx._materialize_non_diff_grads = False  # nobody reads them
             return tuple(found[:results])
 
         @staticmethod
@@ -201,22 +216,3 @@ class _Once(Function):
             "fusewright compiles first derivatives only: a compiled model's gradient cannot be differentiated again; "
             "call the model without torch.compile where a double backward is needed"
         )
-
-
-def _lay_out(tangent: Tensor) -> LayOut | None:
-    """For a fake gradient as the backward was compiled for; None where no layout can be told from it."""
-    type = type_of(tangent)
-    assert type is not None
-    plain = contiguous(type.shape, type.dtype, type.device)
-    if all(same(a, b) for a, b in zip(type.stride, plain.stride, strict=True)):
-        return lambda t: t.contiguous()
-    if not all(isinstance(n, int) for n in (*type.shape, *type.stride)):
-        return None
-    shape, stride = type.shape, type.stride
-
-    def lay_out(t: Tensor) -> Tensor:
-        return (
-            t if t.stride() == stride else torch.empty_strided(shape, stride, dtype=t.dtype, device=t.device).copy_(t)
-        )
-
-    return lay_out

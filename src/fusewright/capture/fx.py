@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fusewright.capture.lowerings import LOWERINGS, PARTS
 from fusewright.capture.metadata import size_of, type_of
+from fusewright.errors import OverwrittenInBackward
 from fusewright.ir import reference
 from fusewright.ir.graph import (
     VIEWS,
@@ -134,6 +135,12 @@ class Importer:
     def call(self, node: fx.Node) -> Node | None:
         if isinstance(node.target, IRCall):
             return self.recall(node, node.target.node)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not node.users:
+            # AOTAutograd leaves nothing of the kind but what a backward overwrites.
+            raise OverwrittenInBackward(
+                f"a backward of the model overwrites one of the model's tensors ({node.target}); compiled graphs "
+                "compute gradients and nothing else: put torch._dynamo.disable on the function that does it"
+            )
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymFloat, int, float)):
             return self.builder.node("size", value=size_of(value))

@@ -70,17 +70,20 @@ def _sum(node: Node, x: Any, size: Any, dtype_of: Any) -> Any:
 
 
 def _aten(node: Node, x: Any, size: Any, dtype_of: Any) -> Any:
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, Operand):
-            return x[argument.index]
-        if isinstance(argument, tuple):
-            return [fill(a) for a in argument]
-        if isinstance(argument, torch.dtype):
-            return dtype_of(argument)
-        return size(argument) if isinstance(argument, sympy.Expr) else argument
+    args = [_filled(a, x, size, dtype_of) for a in node.attribute("args")]
+    kwargs = {k: _filled(v, x, size, dtype_of) for k, v in node.attribute("kwargs")}
+    return node.attribute("target")(*args, **kwargs)
 
-    args = [fill(a) for a in node.attribute("args")]
-    return node.attribute("target")(*args, **{k: fill(v) for k, v in node.attribute("kwargs")})
+
+# No closure: one that calls itself is a cycle, which would keep `x` alive until the garbage collector runs.
+def _filled(argument: Any, x: Any, size: Any, dtype_of: Any) -> Any:
+    if isinstance(argument, Operand):
+        return x[argument.index]
+    if isinstance(argument, tuple):
+        return [_filled(a, x, size, dtype_of) for a in argument]
+    if isinstance(argument, torch.dtype):
+        return dtype_of(argument)
+    return size(argument) if isinstance(argument, sympy.Expr) else argument
 
 
 _APPLY: dict[str, Callable[..., Any]] = {

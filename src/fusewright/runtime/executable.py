@@ -22,7 +22,7 @@ from fusewright.runtime import frozen
 from fusewright.runtime.target import BACKGROUND, Run, Target
 
 Sizes = Mapping[sympy.Symbol, int]
-Environment = dict[str, torch.Tensor]
+Environment = dict[str, Any]  # tensors
 # One thing to do: reads and writes tensors of the environment.
 Action = Callable[[Environment], None]
 
@@ -213,12 +213,14 @@ def _values(sizes: Sequence[Size], values: Sizes) -> tuple[int, ...]:
     return tuple(int(evaluate(s, values)) for s in sizes)
 
 
-def _strided(view: View | Matrix, sizes: Sizes) -> Callable[[Environment], torch.Tensor]:
+def _strided(view: View | Matrix, sizes: Sizes) -> Callable[[Environment], Any]:
     shape, stride, offset = _values(view.shape, sizes), _values(view.stride, sizes), int(evaluate(view.offset, sizes))
     name = view.buffer
 
-    def get(environment: Environment) -> torch.Tensor:
+    def get(environment: Environment) -> Any:
         tensor = environment[name]
+        if tensor is None:  # torch passes none for a token that orders effects
+            return tensor
         if offset == 0 and tensor.shape == shape and tensor.stride() == stride:
             return tensor
         return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
@@ -236,7 +238,8 @@ def _kept(step: Encode, sizes: Sizes, make: Sequence[Action]) -> Action:
         def made() -> torch.Tensor:
             for action in make:
                 action(environment)
-            return environment[result.buffer]
+            halves: torch.Tensor = environment[result.buffer]
+            return halves
 
         environment[result.buffer] = frozen.kept(read(environment), layout, made)
 
@@ -260,7 +263,7 @@ def _fallback(step: Fallback, buffers: Mapping[str, Buffer], sizes: Sizes) -> Ac
         found = reference.apply(step.node, values, sizes, lambda dtype: dtype)
         for name, value in zip(step.results, found if isinstance(found, (tuple, list)) else [found], strict=False):
             if name is not None:
-                environment[name] = _with_stride(value, strides[name])
+                environment[name] = value if value is None else _with_stride(value, strides[name])
 
     return act
 
