@@ -295,6 +295,22 @@ def test_it_starts_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full")
+    environment = {**os.environ, "FUSEWRIGHT_CACHE_DIR": str(tmp_path)}
+    code = "from fusewright.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "cache", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert done.returncode == 2 and "No space left" in done.stderr and "internal" not in done.stderr
+
+
 # ---- JSON
 
 
@@ -304,6 +320,8 @@ def test_json_goes_nowhere_bad(run: Run, tmp_path: Path) -> None:
     for path, says in (("model.py", "the input itself"), ("missing/out.json", "create it"), (".", "folder")):
         done = run("explain", "model.py", "--json", path)
         assert done.code == 2 and says in done.err
+    done = run("optimize", "model.py", "-o", "out.py", "--json", "./out.py")
+    assert done.code == 2 and "--json" in done.err
     assert (tmp_path / "model.py").read_text() == GOOD and [p.name for p in tmp_path.iterdir()] == ["model.py"]
 
 
@@ -398,6 +416,8 @@ def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert "cubin" in run("cache", "info").out
     refused = run("cache", "clear")  # nobody can be asked
     assert refused.code == 2 and "--yes" in refused.err and "2 entries" in refused.err
+    unknown = run("cache", "clear", "--kind", "cubins", "--yes")
+    assert unknown.code == 2 and "its kinds are: cubin, tuning" in unknown.err
     assert "removed 1 entries" in run("cache", "clear", "--kind", "cubin", "--yes").out
     assert [(k.kind, k.entries) for k in stored()] == [("cubin", 0), ("tuning", 1)]
     for answer, left in (("n", 1), ("y", 0)):

@@ -5,6 +5,9 @@ Every class derives from `FusewrightError`; the command line prints `str(error)`
 
 from __future__ import annotations
 
+# What a user's code may raise that is a failure of it: exit() in there must not end us.
+RAISED_BY_USER_CODE = (Exception, SystemExit)
+
 
 class FusewrightError(Exception):
     """Base of every error that fusewright raises on purpose."""

@@ -82,4 +82,4 @@ def tf32_allowed() -> bool:
 
 def cache_dir() -> Path:
     """The folder that holds compiled kernels; created by whoever writes to it."""
-    return Path(os.environ.get("FUSEWRIGHT_CACHE_DIR") or Path.home() / ".cache" / "fusewright")
+    return Path(os.environ.get("FUSEWRIGHT_CACHE_DIR") or "~/.cache/fusewright").expanduser()

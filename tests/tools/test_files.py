@@ -65,3 +65,26 @@ def test_a_link_to_the_input_is_the_input(tmp_path: Path) -> None:
     with pytest.raises(OutputNotWritable, match="the input itself; choose another name with --json"):
         check_output(link, [tmp_path / "missing.py", path], "--json")
     check_output(tmp_path / "new.py", [path])
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    path, link = tmp_path / "there" / "model.py", tmp_path / "link.py"
+    path.parent.mkdir()
+    path.write_text("old")
+    path.chmod(0o755)
+    link.symlink_to(path)
+    write(link, "new")
+    assert link.is_symlink() and path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    """As is a device, such as /dev/stdout; neither is replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_output(pipe)
+        write(pipe, "text")
+        assert os.read(reader, 100) == b"text" and pipe.is_fifo()
+    finally:
+        os.close(reader)

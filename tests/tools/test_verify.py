@@ -10,6 +10,7 @@ from candidates import (
     COLUMNS,
     DTYPES,
     INNER,
+    Exits,
     Model,
     ModelNew,
     RaisesAlways,
@@ -76,6 +77,10 @@ class SwitchesTf32(ModelNew):
 
 def test_error_text_of_the_candidate_is_shown() -> None:
     assert "no kernel for this chip" in failed(check(RaisesAlways))["error against float64"]
+
+
+def test_a_candidate_does_not_end_us() -> None:
+    assert "SystemExit" in failed(check(Exits))["error against float64"]
 
 
 def test_flags_are_watched() -> None:

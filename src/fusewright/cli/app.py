@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -117,6 +119,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sys.stdout = io.StringIO()  # what is left of the text cannot be written at the end either
+            _fail(f"error: not all could be written ({error.strerror}); make room, or write to another place", 2)
         if os.environ.get("FUSEWRIGHT_TRACEBACK") == "1":
             raise
         what = f"{type(error).__name__}: {error}".strip()

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fusewright.cli.options import Arch, Json
 from fusewright.cli.output import Output
-from fusewright.errors import NotConfirmed
+from fusewright.errors import NotConfirmed, UnknownSetting
 
 Kind = Annotated[
     list[str] | None, typer.Option("--kind", help="Only entries of this kind, as `cache info` names it; repeatable.")
@@ -74,7 +74,12 @@ def cache_clear(
     from fusewright.tools.units import size
 
     output = Output("cache clear", json_)
-    held = [k for k in stored() if not kind or k.kind in kind]
+    everything = stored()
+    unknown = [k for k in kind or () if k not in {s.kind for s in everything}]
+    if unknown:
+        kinds = ", ".join(s.kind for s in everything) or "none"
+        raise UnknownSetting(f"the cache has no kind {', '.join(map(repr, unknown))}; its kinds are: {kinds}")
+    held = [k for k in everything if not kind or k.kind in kind]
     what = f"{sum(k.entries for k in held)} entries ({size(sum(k.bytes for k in held))}) from {cache_dir()}"
     if not yes:
         if not sys.stdin.isatty():

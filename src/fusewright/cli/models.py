@@ -27,13 +27,13 @@ def optimize(
     json_: Json = None,
 ) -> None:
     """Write a new model file whose class runs fused kernels, after checking it."""
-    output = Output("optimize", json_, [file])
+    target = out or file.with_name(f"{file.stem}_new.py")
+    output = Output("optimize", json_, [file], [target])
     with output.loading():
         from fusewright.tools.optimize import Request
         from fusewright.tools.optimize import optimize as run
 
         chip, cast = options.chip(arch), options.dtype(dtype)
-    target = out or file.with_name(f"{file.stem}_new.py")
     request = Request(file, target, chip, cast, options.settings(set_), allow_library, not no_verify, schedules)
     with output.kept():
         written = run(request, output.console)
@@ -81,13 +81,13 @@ def report(
     json_: Json = None,
 ) -> None:
     """Write one HTML page: the model before and after, every kernel, the roofline, and what was measured."""
-    output = Output("report", json_, [file])
+    target = out or file.with_name(f"{file.stem}_report.html")
+    output = Output("report", json_, [file], [target])
     with output.loading():
         from fusewright.tools.report import Request
         from fusewright.tools.report import report as run
 
         chip, cast = options.chip(arch), options.dtype(dtype)
-    target = out or file.with_name(f"{file.stem}_report.html")
     request = Request(file, target, chip, cast, options.settings(set_), allow_library, measured or ())
     with output.kept():
         written = run(request, output.console)
@@ -155,7 +155,7 @@ def bench(
 ) -> None:
     """Time a model on the GPU beside eager and torch.compile at the same precision, and beside the floor."""
     inputs = [reference, *([candidate] if candidate else [])]
-    output = Output("bench", json_, inputs)
+    output = Output("bench", json_, inputs, [plot] if plot else [])
     with output.loading():
         from fusewright.tools import bench as tool
         from fusewright.tools import bench_show as show

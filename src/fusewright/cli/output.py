@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fusewright import __version__
+from fusewright.errors import OutputNotWritable
 
 SCHEMA = 1  # of docs/json.md; grows when a key changes its meaning or goes
 
@@ -27,14 +28,19 @@ class Output:
     standard error.
     """
 
-    def __init__(self, command: str, path: Path | None = None, inputs: Sequence[Path] = ()) -> None:
-        """inputs: files that must not be overwritten. Raises OutputNotWritable where `path` cannot be written."""
+    def __init__(
+        self, command: str, path: Path | None = None, inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()
+    ) -> None:
+        """inputs, outputs: files that must not be overwritten. Raises OutputNotWritable where `path` cannot be written,
+        or is one of these."""
         self._command, self._path = command, path
         self._alone = str(path) == "-"
         if path is not None and not self._alone:
             from fusewright.tools.files import check_output
 
             check_output(path, inputs, "--json")
+            if any(path.resolve() == other.resolve() for other in outputs):
+                raise OutputNotWritable(f"{path} is to hold something else; choose another name with --json")
         stream = sys.stderr if self._alone else sys.stdout
         self.console = Console(highlight=False, soft_wrap=not stream.isatty(), stderr=self._alone)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from fusewright.capture import model_file
 from fusewright.capture.model_file import SEED, ModelFile
 from fusewright.chip import Chip, arch_of, chip_for
-from fusewright.errors import EagerFailure, ToolMissing, UnknownArch, UnknownSetting
+from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, ToolMissing, UnknownArch, UnknownSetting
 from fusewright.tools import timing
 from fusewright.tools.comparison import Judge
 from fusewright.tools.first_call import FirstCall, Job, first_call
@@ -213,7 +213,7 @@ class _Session:
             reason = "" if eager.draw_gradients() else "no output requires a gradient"
             if not reason:
                 eager.both()
-        except Exception as error:
+        except RAISED_BY_USER_CODE as error:
             reason = f"eager raises {type(error).__name__}: {error}"
         eager.reset()
         if not reason:
@@ -276,7 +276,7 @@ class _Session:
                     candidate.prepare()
                     candidate.run()
                 runner.reset()
-            except Exception as error:
+            except RAISED_BY_USER_CODE as error:
                 self.failed[name] = f"{type(error).__name__}: {error}"[:2000]
             after = _flags()
             if changed := [f"{n} from {before[n]} to {after[n]}" for n in before if after[n] != before[n]]:
@@ -316,7 +316,7 @@ class _Session:
             exact = Runner(model, inputs, gradients=[g.double() for g in eager.gradients])
             with in_double():
                 return self._seeded(exact, 0)
-        except Exception as error:
+        except RAISED_BY_USER_CODE as error:
             self.skipped.append(f"float64 oracle: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
             return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -24,13 +25,22 @@ def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> 
 
 
 def write(path: Path, contents: str | bytes) -> None:
-    """Writes the file whole or not at all: beside it first, then renamed. Raises OutputNotWritable."""
+    """Writes the file whole or not at all: beside it first, then renamed; a file that is there keeps its permissions.
+
+    Raises OutputNotWritable.
+    """
     data = contents.encode() if isinstance(contents, str) else contents
-    temporary = path.parent / f".fusewright-{secrets.token_hex(8)}"
+    target = path.resolve()  # a link stays one
+    temporary = target.parent / f".fusewright-{secrets.token_hex(8)}"
     try:
+        if target.exists() and not target.is_file():  # a pipe or a device, which has no place for a half
+            target.write_bytes(data)
+            return
         with temporary.open("xb") as stream:
             stream.write(data)
-        temporary.replace(path)
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        temporary.replace(target)
     except OSError as error:
         raise OutputNotWritable(f"{path} cannot be written ({error.strerror}); choose another place") from None
     finally:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusewright.errors import RAISED_BY_USER_CODE
+
 WARM_UPS = 10
 TRIALS = 50
 FLUSH_BYTES = 256 << 20
@@ -82,7 +84,7 @@ def _warm_up(candidate: Candidate) -> str | None:
             candidate.prepare()
             candidate.run()
         torch.cuda.synchronize()
-    except Exception as error:
+    except RAISED_BY_USER_CODE as error:
         return f"{type(error).__name__}: {error}"[:2000]
     return None
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.without_gpu import without_gpu
+from fusewright.errors import RAISED_BY_USER_CODE
 from fusewright.tools.comparison import GRADIENT, Judge, Named, same_bits
 from fusewright.tools.variations import Inputs, copies_of, map_floating
 
@@ -152,7 +153,7 @@ class Trial:
                 result = module(*inputs)
             self.synchronize()
             return result
-        except Exception as error:
+        except RAISED_BY_USER_CODE as error:
             raise self.error(module, f"{type(error).__name__}: {error}") from error
 
     def synchronize(self) -> None:
@@ -209,7 +210,7 @@ class Trial:
                 for last in [False, True] if backward.retain else [True]:
                     torch.autograd.backward(outputs, gradients, retain_graph=not last)
             self.synchronize()
-        except Exception as error:
+        except RAISED_BY_USER_CODE as error:
             raise self.error(module, f"in backward: {type(error).__name__}: {error}") from error
 
     def output_gradients(self, module: nn.Module, outputs: list[Tensor], kind: str) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.model_file import ModelFile
-from fusewright.errors import EagerFailure, FusewrightError
+from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, FusewrightError
 from fusewright.tools import checks, training_checks
 from fusewright.tools.comparison import EVERY_ELEMENT, Judge, same_bits
 from fusewright.tools.flags import torch_flags
@@ -156,7 +156,7 @@ def _perform(spec: _Spec, trial: Trial) -> Check | None:
         return None
     except CandidateError as error:
         judge.fail(str(error))
-    except Exception as error:  # the candidate's own code runs in here
+    except RAISED_BY_USER_CODE as error:  # the candidate's own code runs in here
         judge.fail(f"{type(error).__name__}: {error}")
     trial.skipped[before:] = [f"{spec.name}: {reason}" for reason in trial.skipped[before:]]
     verdict = judge.verdict()
@@ -183,7 +183,7 @@ def _drawer(subject: Subject, device: torch.device, dtype: torch.dtype | None) -
             inputs = list(subject.inputs())
         except FusewrightError:
             raise
-        except Exception as error:
+        except RAISED_BY_USER_CODE as error:
             raise EagerFailure(f"get_inputs of {subject.name} raises {type(error).__name__}: {error}") from error
         inputs = pytree.tree_map(lambda x: x.detach().to(device) if isinstance(x, Tensor) else x, inputs)
         return inputs if dtype is None else map_floating(inputs, lambda t: t.to(dtype))
@@ -205,14 +205,14 @@ def _eager_build(subject: Subject, device: torch.device, dtype: torch.dtype | No
         return _placed(_seeded(subject, SEED), device, dtype)
     except FusewrightError:
         raise
-    except Exception as error:
+    except RAISED_BY_USER_CODE as error:
         raise EagerFailure(f"{subject.name} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _oracle(subject: Subject, device: torch.device) -> nn.Module | None:
     try:
         return _seeded(subject, SEED).to(device).double()
-    except Exception:
+    except RAISED_BY_USER_CODE:
         return None
 
 
@@ -230,7 +230,7 @@ def _initialisation(reference: Subject, candidate: Subject) -> tuple[nn.Module |
             if different:
                 problems.append(f"{', '.join(different)}: other values from the same seed")
         inner(module).load_state_dict(expected)  # type: ignore[arg-type]
-    except Exception as error:
+    except RAISED_BY_USER_CODE as error:
         problems.append(f"{type(error).__name__}: {error}")
         module = None
     detail = _detail(list(dict.fromkeys(problems)), {}) or "the same parameters, bit for bit"
