@@ -10,6 +10,7 @@
 // Tensor cores round sums toward zero, so hi·hi is summed in short chains that are promoted: added, rounded to nearest,
 // to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
 #pragma once
+#include "lost_bits.cuh"
 #include "sm90.cuh"
 #include "split_f16.cuh"
 #include "vector.cuh"
@@ -54,7 +55,7 @@ template <class Config> struct GemmSm90 {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see loses_bits)
+        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see LostBits)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -202,10 +203,9 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, group, operands.k_tiles());
             else
                 compute(sums, ring, memory, group, operands.k_tiles());
-            const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
+            const int m = tiles.m() + group * kBlocksM * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost)
-                    note_lost(operands.lost + tiles.tile() * kConsumerWarps, loses_bits(sums, operands, m, n));
+                if (operands.lost) note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, m, n));
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -307,22 +307,29 @@ template <class Config> struct GemmSm90 {
         }
     }
 
-    // A warp whose rows and columns all exist takes a path without bounds: there the epilogue is straight code, whose
+    __device__ __forceinline__ static LostBits<kBlocksM, kSums> lost_bits(const Operands& x) {
+        return {x.split_a, x.split_b, x.M, x.N, x.K};
+    }
+
+    __device__ __forceinline__ static void note_lost(const Operands& operands, int64_t tile, bool lost) {
+        if (threadIdx.x % 32 == 0) operands.lost[tile * kConsumerWarps + threadIdx.x / 32 - 4] = lost;
+    }
+
+    // m: the warp's first row. A warp whose rows and columns all exist takes a path without bounds: there the epilogue is straight code, whose
     // loads the compiler can issue together and early.
     template <class Epilogue>
     __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
-        if (row + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
-            turn<true>(sums, operands, memory, row, n, epilogue);
+        if (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
+            turn<true>(sums, operands, memory, m, n, epilogue);
         else
-            turn<false>(sums, operands, memory, row, n, epilogue);
+            turn<false>(sums, operands, memory, m, n, epilogue);
     }
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kWhole, class Epilogue>
     __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
-                                                int row, int n, const Epilogue& epilogue) {
+                                                int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
@@ -340,7 +347,7 @@ template <class Config> struct GemmSm90 {
                     for (int i = 0; i < kVector; i += 4)
                         *reinterpret_cast<float4*>(&values[i]) =
                             *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column + i));
-                    const int64_t y = row + block * 64 + slab_row, x = n + column + slab_column;
+                    const int64_t y = m + block * 64 + slab_row, x = n + column + slab_column;
                     const int64_t left = y < operands.M ? operands.N - x : 0;
                     epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
                 }
@@ -362,117 +369,6 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static int slab_index(int row, int column) {
         const int chunk = column / 4;
         return row * kSlabColumns + (chunk ^ (row % 4) << 1 ^ chunk >> 3) * 4 + column % 4;
-    }
-
-    // Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
-    // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
-    // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
-    // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static bool loses_bits(Sums& sums, const Operands& operands, int m, int n) {
-        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
-        float smallest = 0x1p126f;  // but for zeros
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int i = 0; i < kSums; ++i)
-                smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
-        // The largest that operands can be: where even for those all is well, no magnitude is read.
-        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        return seldom && lost_line(sums, operands, row, n);
-    }
-
-    __device__ __forceinline__ static void note_lost(uint8_t* lost_by_warp, bool lost) {
-        if (threadIdx.x % 32 == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
-    }
-
-    // Whether the largest of some sums is within what is lost where operands are as large as these.
-    __device__ __forceinline__ static bool lossy(float largest, float a, float b, const Operands& operands) {
-        constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
-        const float least = (a + b) * kPerOperand;
-        return largest > 0 && largest * largest < float(operands.K) * least * least;
-    }
-
-    // A loop that seldom runs is short: registers have no index, so instead the sums go round, kRound at each turn.
-    __device__ __forceinline__ static bool lost_line(Sums& sums, const Operands& operands, int m, int n) {
-        constexpr int kRound = 16, kColumns = kRound / 2;
-        const int lane = threadIdx.x % 32;
-        float a = 0, rows[kBlocksM][2] = {};
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            a = fmaxf(a, largest_magnitude(operands.split_a, m + block * 64, m + block * 64 + 16, operands.M));
-        bool lost = false;
-#pragma unroll 1
-        for (int column = n; column < n + kTileN; column += kRound * 2) {
-            float columns[kColumns] = {};
-#pragma unroll
-            for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
-                for (int i = 0; i < kRound; ++i) {
-                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
-                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
-                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
-                }
-                turn_round<kRound>(sums[block]);
-            }
-            const int mine = share_out(columns, lane);
-            const float b = magnitude(operands.split_b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, operands.N);
-            lost |= lossy(columns[0], a, b, operands);
-        }
-        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& largest = rows[block][half];
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = m + block * 64 + half * 8 + lane / 4;
-                lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
-            }
-        return __any_sync(~0u, lost);
-    }
-
-    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
-    // in largest[0]. Returns which.
-    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
-        int mine = 0;
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            const int count = 16 / lanes;
-            const bool upper = lane & lanes;
-            mine += upper ? count : 0;
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
-                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
-            }
-        }
-        return mine;
-    }
-
-    template <int kCount> __device__ __forceinline__ static void turn_round(float (&sums)[kSums]) {
-        float first[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) first[i] = sums[i];
-#pragma unroll
-        for (int i = kCount; i < kSums; ++i) sums[i - kCount] = sums[i];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sums[kSums - kCount + i] = first[i];
-    }
-
-    // Scaled. What is out of range by itself is computed again anyway.
-    __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
-        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
-    }
-
-    // The largest of some rows or columns, for a warp together.
-    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
-                                                              int64_t count) {
-        float largest = 0;
-#pragma unroll 1
-        for (int i = first + threadIdx.x % 32; i < last; i += 32)
-            largest = fmaxf(largest, magnitude(operand, i, count));
-        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.

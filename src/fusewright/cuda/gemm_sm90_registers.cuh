@@ -57,7 +57,7 @@ template <class Config> struct GemmSm90Registers {
             if (operands.lost) {
                 bool lost = out_of_range(rows, *operands.split_a.exponent);
                 lost |= loses_bits(sums, operands, slab, rows, m, n);
-                Gemm::note_lost(operands.lost + tile(tiles, operands) * Gemm::kConsumerWarps, lost);
+                Gemm::note_lost(operands, tile(tiles, operands), lost);
             }
             Gemm::undo_scale(sums, operands);
             if (m + 16 <= operands.M && n + kTileN <= operands.N)
@@ -192,7 +192,7 @@ template <class Config> struct GemmSm90Registers {
         __syncwarp();
         Operands known = operands;
         known.split_a.magnitudes = reinterpret_cast<const int*>(slab) - m;
-        return Gemm::loses_bits(sums, known, m - rows.first % 64, n);
+        return Gemm::lost_bits(known).found(sums, m, n);
     }
 
     // The epilogue's rows are columns here: a warp passes 8 of them at a time, 16 consecutive features each.
@@ -219,7 +219,7 @@ template <class Config> struct GemmSm90Registers {
                 const int64_t left = y < operands.N ? operands.M - x : 0;
                 epilogue.template operator()<4>(y, x, kWhole || left > 4 ? 4 : int(left), values);
             }
-            if constexpr (!kWhole) Gemm::template turn_round<kColumns / 2>(sums);
+            if constexpr (!kWhole) turn_round<kColumns / 2>(sums);
         }
     }
 
