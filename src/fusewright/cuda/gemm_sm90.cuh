@@ -358,9 +358,10 @@ template <class Config> struct GemmSm90 {
 
     __device__ __forceinline__ static void write_slab(float* slab, const float* sums, int lane) {
 #pragma unroll
-        for (int i = 0; i < kSlabColumns / 2; i += 2) {
-            const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
-            *reinterpret_cast<float2*>(slab + slab_index(row, column)) = make_float2(sums[i], sums[i + 1]);
+        for (int i = 0; i < kSlabColumns / 2; i += 4) {
+            float* upper = slab + slab_index(lane / 4, i / 4 * 8 + lane % 4 * 2);
+            *reinterpret_cast<float2*>(upper) = make_float2(sums[i], sums[i + 1]);
+            *reinterpret_cast<float2*>(upper + 8 * kSlabColumns) = make_float2(sums[i + 2], sums[i + 3]);
         }
     }
 
