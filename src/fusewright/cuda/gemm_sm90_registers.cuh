@@ -9,14 +9,15 @@
 
 namespace fusewright {
 
-// Config: as for GemmSm90, of __half, scaled, one product, kTileM 128 and kVector 4. Of A only the exponent need be given.
+// Config: as for GemmSm90, of __half, scaled, one product, cooperative, kTileM 128 and kVector 4. Of A only the exponent
+// need be given.
 template <class Config> struct GemmSm90Registers {
     using Gemm = GemmSm90<Config>;
     using Operands = typename Gemm::Operands;
     using Ring = typename Gemm::Ring;
     using Tiles = typename Gemm::Tiles;
     static constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN, kTileK = Gemm::kTileK, kSums = Gemm::kSums;
-    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled);
+    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled && !Gemm::kPingPong);
 
     // A box holds 32 floats of each of 64 lines: of 64 rows where A is K-major, else of 64 k.
     static constexpr bool kAlongK = Gemm::kMajorA == Major::K;
