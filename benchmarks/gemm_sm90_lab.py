@@ -29,14 +29,18 @@ from sm90_host import SPLIT, Gemm, GemmConfig, Split  # noqa: E402
 
 CUBINS = Path(os.environ.get("FUSEWRIGHT_LAB", ROOT / ".lab_sm90")) / "cubins"
 HEADLINE = (1024, 8192, 8192)
-BF16 = GemmConfig(element="__nv_bfloat16", out="__nv_bfloat16", vector=8)
-F16X1 = GemmConfig(scaled=True)
-REGISTERS = GemmConfig(scaled=True, registers=True, stages=3, cluster=2)
-F16X3 = GemmConfig(products=3, tile=(128, 128), stages=3, promote=32, scaled=True)
 
 
 def with_(config: GemmConfig, **changes: Any) -> GemmConfig:
     return GemmConfig(**{**asdict(config), **changes})
+
+
+BF16 = GemmConfig(element="__nv_bfloat16", out="__nv_bfloat16", vector=8)
+F16X1 = GemmConfig(scaled=True)
+BF16_PING_PONG = with_(BF16, tile=(128, 128), stages=6, ping_pong=True)
+F16X1_PING_PONG = with_(F16X1, tile=(128, 128), stages=6, ping_pong=True)
+REGISTERS = GemmConfig(scaled=True, registers=True, stages=3, cluster=2)
+F16X3 = GemmConfig(products=3, tile=(128, 128), stages=3, promote=32, scaled=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,13 @@ SHAPES = [(256, 256, 256), (8, 8, 8), (304, 520, 1000), (1000, 3000, 72), (4104,
 
 
 def experiments() -> Iterator[Experiment]:
-    kinds = (("bf16", BF16), ("f16x1", F16X1), ("f16x3", F16X3))
+    kinds = (
+        ("bf16", BF16),
+        ("f16x1", F16X1),
+        ("f16x3", F16X3),
+        ("bf16 ping-pong", BF16_PING_PONG),
+        ("f16x1 ping-pong", F16X1_PING_PONG),
+    )
     for name, config in kinds:
         for majors in (("K", "K"), ("K", "MN"), ("MN", "K"), ("MN", "MN")):
             for cluster in (1, 2):
@@ -69,6 +79,7 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(f"{label} {name}", with_(config, major_a=majors[0], major_b=majors[1]), [shape])
     for label, config in kinds:
         yield Experiment(f"{label} 4096", config, [(4096, 4096, 4096)])
+    yield Experiment("bf16 ping-pong 64×256", with_(BF16_PING_PONG, tile=(64, 256), stages=4), [(4096, 4096, 4096)])
     for major in ("K", "MN"):  # of the weight, a; forward and dX
         for cluster in (1, 2):
             config = with_(REGISTERS, major_a=major, cluster=cluster)
@@ -84,7 +95,7 @@ def experiments() -> Iterator[Experiment]:
 
 def compile_source(source: str) -> bytes:
     """Returns the cubin, from the lab's folder where it lies there. Prints what the compiler warns of."""
-    names = ("gemm_sm90", "gemm_sm90_registers", "sm90", "split_f16", "vector", "major")
+    names = ("gemm_sm90", "gemm_sm90_registers", "lost_bits", "sm90", "sm90_ptx", "split_f16", "vector", "major")
     headers = b"".join((ROOT / f"src/fusewright/cuda/{name}.cuh").read_bytes() for name in names)
     path = CUBINS / (hashlib.sha256(source.encode() + headers).hexdigest()[:16] + ".cubin")
     if path.exists():

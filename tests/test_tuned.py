@@ -11,10 +11,11 @@ from fusewright.tuned import Choice, parse, text
 FIRST = Choice("fused_addmm_gelu bfloat16 nt", (1024, 8192, 512), "gemm_sm90 128x256x64")
 SECOND = Choice("fused_mm f16x3 tn", (3, 1024, 8, 0), "gemm_skinny 8x128 split")
 THIRD = Choice("fused_mul", (7, 1), "library")
+FOURTH = Choice("fused_mm bfloat16 nn", (64, 64, 64), "gemm_sm90 128x128x64 ping-pong")
 
 
 def test_what_is_printed_is_read() -> None:
-    choices = (FIRST, SECOND, THIRD)
+    choices = (FIRST, SECOND, THIRD, FOURTH)
     assert parse(text(choices)) == choices
     assert parse(text(choices).replace("\n", ";")) == choices
     assert parse(f"\n  # NVIDIA H200\n   {SECOND}  \n\n{THIRD}; ") == (SECOND, THIRD)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from fusewright.errors import InvalidSetting
 
-_LINE = re.compile(r"(\w+(?: \w+)*) (\d+(?:x\d+)*) ?: ?(\w+(?: \w+)*)")
+_LINE = re.compile(r"(\w+(?: \w+)*) (\d+(?:x\d+)*) ?: ?(\w+(?: [\w-]+)*)")
 
 
 @dataclass(frozen=True)

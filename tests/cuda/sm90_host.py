@@ -103,6 +103,7 @@ class GemmConfig:
     group: int = 8
     vector: int = 4
     scaled: bool = False
+    ping_pong: bool = False
     registers: bool = False
     out: str = "float"
     aligned: bool = True  # the result's rows are
@@ -114,7 +115,7 @@ class GemmConfig:
         planes = 2 if self.products == 3 else 1
         m, n = self.tile
         stage = planes * (m * (2 if self.registers else 1) + n) * 128
-        return self.stages * stage + 8 * 16 * 8 * self.vector * 4 + 2 * self.stages * 8 + 1024
+        return self.stages * stage + 8 * 16 * 8 * self.vector * 4 + (2 * self.stages + 2) * 8 + 1024
 
     def source(self) -> str:
         """Returns the translation unit; its kernel is named `gemm`."""
@@ -130,7 +131,7 @@ struct Config {{
     static constexpr int kGroup = {self.group}, kVector = {self.vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{self.major_a};
     static constexpr fusewright::Major kMajorB = fusewright::Major::{self.major_b};
-    static constexpr bool kScaled = {str(self.scaled).lower()};
+    static constexpr bool kScaled = {str(self.scaled).lower()}, kPingPong = {str(self.ping_pong).lower()};
 }};
 using Gemm = fusewright::GemmSm90{"Registers" if self.registers else ""}<Config>;
 static_assert(Gemm::kSharedBytes == {self.shared_bytes});

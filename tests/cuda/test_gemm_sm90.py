@@ -18,8 +18,20 @@ F16 = GemmConfig(out="__half", vector=8)
 F16X1 = GemmConfig(scaled=True)
 F16X3 = GemmConfig(products=3, tile=(128, 128), stages=3, promote=32, scaled=True)
 REGISTERS = GemmConfig(scaled=True, registers=True, stages=3)  # a is rounded in registers
-KINDS = {"bf16": BF16, "f16": F16, "f16x1": F16X1, "f16x3": F16X3, "registers": REGISTERS}
-TOLERANCE = {"bf16": 4e-3, "f16": 5e-4, "f16x1": 5e-4, "f16x3": 6e-7, "registers": 5e-4}  # relative Frobenius
+PING_PONG = replace(BF16, tile=(128, 128), stages=6, ping_pong=True)
+F16X1_PING_PONG = replace(F16X1, tile=(128, 128), stages=6, ping_pong=True)
+KINDS = {
+    "bf16": BF16,
+    "f16": F16,
+    "f16x1": F16X1,
+    "f16x3": F16X3,
+    "registers": REGISTERS,
+    "bf16 ping-pong": PING_PONG,
+    "f16x1 ping-pong": F16X1_PING_PONG,
+}
+# Relative Frobenius.
+TOLERANCE = {"bf16": 4e-3, "f16": 5e-4, "f16x1": 5e-4, "f16x3": 6e-7, "registers": 5e-4}
+TOLERANCE |= {f"{kind} ping-pong": TOLERANCE[kind] for kind in ("bf16", "f16x1")}
 MAJORS = [("K", "K"), ("K", "MN"), ("MN", "K"), ("MN", "MN")]
 # Smaller than a step; ragged everywhere; several rounds of the ring; more tiles than multiprocessors, an odd number.
 SHAPES = [(8, 8, 8), (304, 520, 1000), (1000, 3000, 72), (4104, 2056, 136)]
@@ -128,13 +140,43 @@ def test_product_with_epilogue(kind: str, majors: tuple[str, str], cluster: int,
             assert torch.equal(result, multiply(config, a, b, bias, 2.0, 0.1))
 
 
-def test_any_order_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "cluster", "columns"), [("bf16", 2, 72), ("bf16 ping-pong", 1, 264)])
+def test_any_order_of_threads_gives_the_same(
+    kind: str, cluster: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SimulatedKernel, "schedules", 3)
-    config = replace(BF16, major_b="MN", stages=2, cluster=2)  # compiled above too
-    a, b = Operand(config, 136, 200, "K", "cpu"), Operand(config, 72, 200, "MN", "cpu")
-    result = multiply(config, a, b, bias_of(72, "cpu"), 1.0, 1.0)
-    reference = a.values.double() @ b.values.double().T + bias_of(72, "cpu").double()
+    config = replace(KINDS[kind], major_b="MN", stages=2, cluster=cluster)  # compiled above too
+    a, b = Operand(config, 136, 200, "K", "cpu"), Operand(config, columns, 200, "MN", "cpu")
+    result = multiply(config, a, b, bias_of(columns, "cpu"), 1.0, 1.0)
+    reference = a.values.double() @ b.values.double().T + bias_of(columns, "cpu").double()
     assert relative(result, reference) < TOLERANCE["bf16"]
+
+
+# The simulator's two blocks, or its one pair, have one to five tiles each, an odd number too, some with rows to spare.
+# K: less than a stage, and several rounds of the ring. On the GPU likewise.
+IN_TURNS = [
+    ("bf16", ("K", "K"), 1, (136, 264, 200)),
+    ("f16x1", ("K", "MN"), 2, (264, 264, 72)),
+    ("f16x1", ("MN", "K"), 1, (640, 104, 40)),
+    ("bf16", ("MN", "MN"), 2, (136, 600, 264)),
+]
+IN_TURNS_GPU = [
+    (kind, majors, cluster, shape)
+    for kind, majors, cluster in itertools.product(("bf16", "f16x1"), MAJORS, (1, 2))
+    for shape in ((120, 104, 40), (1000, 3000, 72), (2824, 2056, 2056))
+]
+
+
+@pytest.mark.parametrize(("device", "kind", "majors", "cluster", "shape"), each_device(IN_TURNS, IN_TURNS_GPU))
+def test_ping_pong_gives_the_bits_of_cooperation(
+    kind: str, majors: tuple[str, str], cluster: int, shape: tuple[int, int, int], device: str
+) -> None:
+    config, (m, n, k) = replace(KINDS[f"{kind} ping-pong"], major_a=majors[0], major_b=majors[1]), shape
+    config = replace(config, cluster=cluster, stages=3 if device == "cpu" else 6)
+    a, b = Operand(config, m, k, majors[0], device), Operand(config, n, k, majors[1], device)
+    together = replace(config, ping_pong=False, cluster=1, stages=2)
+    found, expected = (multiply(c, a, b, bias_of(n, device), 2.0, 0.1) for c in (config, together))
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize(

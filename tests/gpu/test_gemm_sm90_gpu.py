@@ -127,10 +127,40 @@ def test_rounding_in_registers_gives_the_bits_of_planes(majors: str) -> None:
             assert torch.equal(sm90(product, tf32=True, tile=tile, rounded=True)(x, w), expected), (m, n, k, tile)
 
 
-@pytest.mark.parametrize("tile", ["128×256×64", "256×128×64", "128×128×64"])
+@pytest.mark.parametrize("tile", ["128×256×64", "256×128×64", "128×128×64", "128×128×64 ping-pong"])
 def test_tiles(tile: str) -> None:
     x, w = random(600, 520, dtype=torch.bfloat16), random(520, 392, dtype=torch.bfloat16)
     assert relative(sm90(product, tile=tile)(x, w), x.double() @ w.double()) < TOLERANCE[torch.bfloat16]
+
+
+def heavy(x: Tensor, w: Tensor, row: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = x @ w
+    return F.silu(y + row) + tile, F.gelu(y), y > 0
+
+
+@pytest.mark.parametrize("majors", ["KK", "KM", "MK", "MM"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ping_pong_gives_the_bits_of_cooperation(dtype: torch.dtype, majors: str) -> None:
+    """One tile; an odd number a block; many, with K of many stages."""
+    ping_pong, together = (
+        sm90(heavy, tf32=dtype == torch.float32, tile=f"128×128×64{how}") for how in (" ping-pong", "")
+    )
+    for m, n, k in (*SHAPES, (2824, 2056, 2056)):
+        x, w = operand(m, k, majors[0] == "M", dtype), operand(k, n, majors[1] == "K", dtype)
+        row, tile = random(n, dtype=dtype), random(m, n, dtype=dtype)
+        found = ping_pong(x, w, row, tile)
+        for expected in (together(x, w, row, tile), ping_pong(x, w, row, tile)):
+            assert all(map(torch.equal, found, expected)), (m, n, k)
+
+
+@pytest.mark.parametrize("tile", ["128×128×64 ping-pong", "128×128×64"])
+def test_a_row_that_lost_bits_is_computed_in_float32(tile: str) -> None:
+    """It is within the halves' range: only the product's flags tell of it, in each tile of its row of tiles."""
+    x, w = random(2824, 1024), random(1024, 2056)
+    x[1000] *= 2.0**-24
+    found, exact = sm90(product, tf32=True, tile=tile)(x, w), x.double() @ w.double()
+    assert relative(found, exact) < TF32_TOLERANCE
+    assert relative(found[1000], exact[1000]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("majors", ["KK", "KM", "MK", "MM"])

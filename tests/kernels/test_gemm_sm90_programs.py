@@ -165,7 +165,7 @@ def test_what_is_split_competes_only_among_what_reads_halves() -> None:
     assert [len(found[e.name]) for e in plan.encodes] == [1]
 
 
-@pytest.mark.parametrize("tile", range(3))
+@pytest.mark.parametrize("tile", range(4))
 def test_every_tile_compiles(tile: int) -> None:
     program = GemmSm90().programs(product(torch.bfloat16), H200)[tile]
     check_compiles(program.launches[0])
@@ -182,6 +182,50 @@ def test_several_results_residuals_and_masks() -> None:
         plan = plan_of(function, *(torch.randn(s, dtype=dtype) for s in shapes))
         for launch in best(plan.regions[0]).launches:
             check_compiles(launch)
+
+
+def gelu(x: torch.Tensor, w: torch.Tensor, row: torch.Tensor, tile: torch.Tensor) -> Any:
+    return F.gelu(x @ w + row)
+
+
+def silu_and_residual(x: torch.Tensor, w: torch.Tensor, row: torch.Tensor, tile: torch.Tensor) -> Any:
+    return F.silu(x @ w + row) + tile
+
+
+def several(x: torch.Tensor, w: torch.Tensor, row: torch.Tensor, tile: torch.Tensor) -> Any:
+    y = x @ w
+    return F.gelu(y + row, approximate="tanh"), torch.sigmoid(y) * tile, y > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("function", [gelu, silu_and_residual, several])
+def test_heavy_epilogues_compile_in_ping_pong(function: Callable[..., Any], dtype: torch.dtype) -> None:
+    shapes = [(M, K), (K, N), (N,), (M, N)]
+    (region,) = plan_of(function, *(torch.randn(s, dtype=dtype) for s in shapes), tf32=True).regions
+    program = next(p for p in GemmSm90().programs(region, H200) if p.variant == "128×128×64 ping-pong")
+    check_compiles(program.launches[0])
+
+
+def test_ping_pong_is_predicted_to_hide_epilogues() -> None:
+    measured: list[list[str]] = []
+
+    def ranks(function: Callable[..., Any], m: int, n: int, k: int) -> list[str]:
+        shapes = [(m, k), (k, n), (n,), (m, n)]
+        tensors = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes)
+        (region,) = plan_of(function, *tensors).regions
+        found = GemmSm90().programs(region, H200)
+        measured.append([p.variant for p in contenders(found)])
+        return [p.variant for p in found]
+
+    def bare(x: torch.Tensor, w: torch.Tensor, row: torch.Tensor, tile: torch.Tensor) -> Any:
+        return x @ w
+
+    assert ranks(gelu, 4096, 4096, 4096)[0] == "128×128×64 ping-pong"
+    assert ranks(bare, 8192, 8192, 1024)[0] == "128×128×64 ping-pong"
+    assert ranks(bare, 4096, 4096, 4096)[0] == "128×256×64"
+    assert all({"128×128×64 ping-pong", "128×256×64"} <= set(variants) for variants in measured)
+    of_one_tile = ranks(gelu, 1024, 1024, 1024)
+    assert of_one_tile.index("128×128×64") < of_one_tile.index("128×128×64 ping-pong")
 
 
 def test_the_saved_mask_of_a_training_forward() -> None:

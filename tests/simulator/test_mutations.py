@@ -211,12 +211,12 @@ def split_f16(simulator: Simulator) -> None:
 
 
 GEMM_SM90 = """#include "gemm_sm90.cuh"
-template <int kProducts_, int kCluster_> struct Config {
+template <int kProducts_, int kCluster_, bool kPingPong_> struct Config {
     using Element = __half;
     static constexpr int kProducts = kProducts_, kTileM = 128, kTileN = 128, kStages = 2, kCluster = kCluster_;
     static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = false;
+    static constexpr bool kScaled = false, kPingPong = kPingPong_;
 };
 struct Epilogue {
     float* out;
@@ -226,7 +226,7 @@ struct Epilogue {
         fusewright::store(out + m * N + n, 1, sums, count);
     }
 };
-using Gemm = fusewright::GemmSm90<Config<PRODUCTS, CLUSTER>>;
+using Gemm = fusewright::GemmSm90<Config<PRODUCTS, CLUSTER, PING_PONG>>;
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
 gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, float* out,
      int64_t m, int64_t n, int64_t k) {
@@ -236,10 +236,10 @@ gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fu
 
 
 def gemm_sm90(simulator: Simulator) -> None:
-    """Of each cluster's two tiles, four steps of k through two stages: with one product and with three."""
+    """Of each cluster's two tiles, four steps of k through two stages: one product, three, and one in ping-pong."""
     n, k = 136, 200
     launches, calls = [], []
-    for products, cluster in ((1, 2), (3, 1)):
+    for products, cluster, ping_pong in ((1, 2, "false"), (3, 1, "false"), (1, 1, "true")):
         planes, m = products // 2 + 1, 128 * cluster - 8
         a, b = torch.randn(planes, m, k).half(), torch.randn(planes, n, k).half()
         maps = [
@@ -247,9 +247,10 @@ def gemm_sm90(simulator: Simulator) -> None:
             for name, x, rows in (("a", a, m), ("b", b, n))
         ]
         source = GEMM_SM90.replace("PRODUCTS", str(products)).replace("CLUSTER", str(cluster))
+        source = source.replace("PING_PONG", ping_pong)
         args = (*maps, BufferArg("out", torch.float32, written=True), SizeArg(0), SizeArg(0), SizeArg(0))
         stage = 32768 * planes
-        shared = 2 * stage + 8 * 16 * 8 * 4 * 4 + 4 * 8 + 1024
+        shared = 2 * stage + 8 * 16 * 8 * 4 * 4 + 6 * 8 + 1024
         launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, (cluster, 1, 1)))
         calls.append((a, b, m, cluster))
     for kernel, (a, b, m, cluster) in zip(simulator.load(launches), calls, strict=True):
@@ -268,7 +269,7 @@ struct Config {
     static constexpr int kProducts = 1, kTileM = 128, kTileN = 128, kStages = 2, kCluster = 1;
     static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MAJOR, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = true;
+    static constexpr bool kScaled = true, kPingPong = false;
 };
 struct Epilogue {
     float* out;
@@ -300,7 +301,7 @@ def gemm_sm90_registers(simulator: Simulator) -> None:
             *(BufferArg(name, torch.int32) for name in ("exponent", "magnitudes")),
             BufferArg("lost", torch.uint8, written=True),
         )
-        shared = 2 * (32768 + 16384) + 8 * 16 * 8 * 4 * 4 + 4 * 8 + 1024
+        shared = 2 * (32768 + 16384) + 8 * 16 * 8 * 4 * 4 + 6 * 8 + 1024
         source = GEMM_SM90_REGISTERS.replace("MAJOR", major)
         launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared))
     a, b, exponent = torch.randn(m, k), torch.randn(n, k).half(), torch.zeros(1, dtype=torch.int32)

@@ -9,14 +9,15 @@
 
 namespace fusewright {
 
-// Config: as for GemmSm90, of __half, scaled, one product, kTileM 128 and kVector 4. Of A only the exponent need be given.
+// Config: as for GemmSm90, of __half, scaled, one product, cooperative, kTileM 128 and kVector 4. Of A only the exponent
+// need be given.
 template <class Config> struct GemmSm90Registers {
     using Gemm = GemmSm90<Config>;
     using Operands = typename Gemm::Operands;
     using Ring = typename Gemm::Ring;
     using Tiles = typename Gemm::Tiles;
     static constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN, kTileK = Gemm::kTileK, kSums = Gemm::kSums;
-    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled);
+    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled && !Gemm::kPingPong);
 
     // A box holds 32 floats of each of 64 lines: of 64 rows where A is K-major, else of 64 k.
     static constexpr bool kAlongK = Gemm::kMajorA == Major::K;
@@ -57,7 +58,7 @@ template <class Config> struct GemmSm90Registers {
             if (operands.lost) {
                 bool lost = out_of_range(rows, *operands.split_a.exponent);
                 lost |= loses_bits(sums, operands, slab, rows, m, n);
-                Gemm::note_lost(operands.lost + tile(tiles, operands) * Gemm::kConsumerWarps, lost);
+                Gemm::note_lost(operands, tile(tiles, operands), lost);
             }
             Gemm::undo_scale(sums, operands);
             if (m + 16 <= operands.M && n + kTileN <= operands.N)
@@ -192,7 +193,7 @@ template <class Config> struct GemmSm90Registers {
         __syncwarp();
         Operands known = operands;
         known.split_a.magnitudes = reinterpret_cast<const int*>(slab) - m;
-        return Gemm::loses_bits(sums, known, m - rows.first % 64, n);
+        return Gemm::lost_bits(known).found(sums, m, n);
     }
 
     // The epilogue's rows are columns here: a warp passes 8 of them at a time, 16 consecutive features each.
@@ -219,7 +220,7 @@ template <class Config> struct GemmSm90Registers {
                 const int64_t left = y < operands.N ? operands.M - x : 0;
                 epilogue.template operator()<4>(y, x, kWhole || left > 4 ? 4 : int(left), values);
             }
-            if constexpr (!kWhole) Gemm::template turn_round<kColumns / 2>(sums);
+            if constexpr (!kWhole) turn_round<kColumns / 2>(sums);
         }
     }
 

@@ -29,4 +29,15 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* operand, uint3
     return kSwizzle128 | kStride | uint64_t(panel >> 4) << 16 | (shared_address(operand) & 0x3ffff) >> 4;
 }
 
+// Registers have no index: a loop that is to stay short has its numbers go round instead, kCount at each turn.
+template <int kCount, int kAll> __device__ __forceinline__ void turn_round(float (&x)[kAll]) {
+    float first[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) first[i] = x[i];
+#pragma unroll
+    for (int i = kCount; i < kAll; ++i) x[i - kCount] = x[i];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[kAll - kCount + i] = first[i];
+}
+
 }  // namespace fusewright

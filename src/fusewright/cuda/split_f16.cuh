@@ -51,7 +51,7 @@ struct SplitOperand {
 };
 
 // Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN by kThreads threads, that computes again what has
-// a row of a or a column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN)
+// a row of a or a column of b out of range, or lies where a warp of a product's tile (kTileM × kTileN, with eight flags)
 // lost bits.
 template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatch {
     const SplitOperand a, b;

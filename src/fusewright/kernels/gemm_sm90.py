@@ -21,6 +21,7 @@ from fusewright.codegen.functor import functor
 from fusewright.codegen.launch import Arg, LaunchSpec, Size, SizeArg
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
+from fusewright.fusion.expression import Apply, walk
 from fusewright.fusion.plan import Gemm, Region
 from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels import gemm_simt, gemm_skinny
@@ -44,15 +45,16 @@ _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69)
 
 # Shares of their peak rates that torch's products reach, for comparison.
 _TF32, _FP32 = 0.85, 0.72
-# Seconds, for ranking: what a launch adds, and what an epilogue of 128 × 256 that overlaps with nothing does.
-_LAUNCH, _EPILOGUE = 3e-6, 2e-6
+# Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread,
+# with nothing but a store to do and for each operation.
+_LAUNCH, _STORE, _OPERATION = 3e-6, 2e-6 / 128, 0.7e-6 / 128
 
 
 @dataclass(frozen=True)
 class Tile:
     """What one block computes, and the stages of its ring. efficiency: share of the peak rate when the chip is full.
 
-    registers: the right operand is rounded in registers.
+    registers: the right operand is rounded in registers. ping_pong: each warpgroup computes whole tiles, in turn.
     """
 
     m: int
@@ -60,20 +62,32 @@ class Tile:
     stages: int
     efficiency: float
     registers: bool = False
+    ping_pong: bool = False
 
     def __str__(self) -> str:
-        return f"{self.m}×{self.n}×{TILE_K}" + (" in registers" if self.registers else "")
+        how = " in registers" if self.registers else " ping-pong" if self.ping_pong else ""
+        return f"{self.m}×{self.n}×{TILE_K}{how}"
+
+    @property
+    def sums(self) -> int:
+        """How many a thread holds."""
+        return self.m * self.n // (128 if self.ping_pong else 256)
 
     def shared_bytes(self, products: int, vector: int) -> int:
         """As `kSharedBytes` in the kernels: the ring, the warps' slabs, the barriers, and room to align."""
         planes = 2 if products == 3 else 1
         ring = self.stages * planes * (self.m + self.n * (2 if self.registers else 1)) * TILE_K * 2
-        return ring + 8 * 16 * 8 * vector * 4 + 2 * self.stages * 8 + 1024
+        return ring + 8 * 16 * 8 * vector * 4 + (2 * self.stages + 2) * 8 + 1024
 
 
 # By number of products. Efficiencies as in docs/lab/gemm.md.
 TILES = {
-    1: (Tile(128, 256, 4, 0.81), Tile(256, 128, 4, 0.80), Tile(128, 128, 6, 0.77)),
+    1: (
+        Tile(128, 256, 4, 0.81),
+        Tile(256, 128, 4, 0.80),
+        Tile(128, 128, 6, 0.77, ping_pong=True),
+        Tile(128, 128, 6, 0.77),
+    ),
     3: (Tile(128, 128, 3, 0.80),),
 }
 IN_REGISTERS = (Tile(256, 128, 3, 0.67, registers=True), Tile(128, 128, 4, 0.50, registers=True))
@@ -270,10 +284,14 @@ def _instantiation(element: str, tile: Tile, products: int, vector: int, a: Oper
     static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {tile.stages};
     static constexpr int kCluster = 1, kPromote = {32 if products == 3 else TILE_K}, kGroup = 8, kVector = {vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
-    static constexpr bool kScaled = {"true" if isinstance(a, SplitOperand) else "false"};
+    static constexpr bool kScaled = {_bool(isinstance(a, SplitOperand))}, kPingPong = {_bool(tile.ping_pong)};
 }};
 using Gemm = fusewright::{kernel}<Config>;
 static_assert(Gemm::kThreads == {THREADS} && Gemm::kSharedBytes == {tile.shared_bytes(products, vector)});"""
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _vector(region: Region) -> int:
@@ -286,12 +304,17 @@ def _region_seconds(region: Region, tile: Tile, chip: Chip) -> float:
     assert region.gemm is not None
     m, k = (evaluate_typical(s) for s in region.gemm.a.shape)
     n = evaluate_typical(region.gemm.b.shape[1])
-    return _seconds(m, n, k, tile, _products(region.gemm), chip)
+    operations = sum(isinstance(e, Apply) for e in walk(s.value for s in region.sinks))
+    return _seconds(m, n, k, tile, _products(region.gemm), chip, operations)
 
 
-def _seconds(m: float, n: float, k: float, tile: Tile, products: int, chip: Chip) -> float:
-    """Predicted: waves of tiles at the rate of the tensor cores, and each wave's epilogue."""
-    waves = -(-(-(-m // tile.m) * -(-n // tile.n)) // chip.multiprocessors)
-    operations = 2 * tile.m * tile.n * products * TILE_K * -(-k // TILE_K)
-    rate = chip.fp16 / chip.multiprocessors * tile.efficiency
-    return float(waves * (operations / rate + _EPILOGUE * tile.m * tile.n / (128 * 256)))
+def _seconds(m: float, n: float, k: float, tile: Tile, products: int, chip: Chip, operations: int = 0) -> float:
+    """Predicted: waves of tiles at the rate of the tensor cores, and each wave's epilogue, of so many operations. In
+    ping-pong all but the last run beside products, as far as these last."""
+    waves = float(-(-(-(-m // tile.m) * -(-n // tile.n)) // chip.multiprocessors))
+    flops = 2 * tile.m * tile.n * products * TILE_K * -(-k // TILE_K)
+    main = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
+    epilogue = tile.sums * (_STORE + _OPERATION * operations)
+    if tile.ping_pong:
+        return waves * max(main, (main + epilogue) / 2) + epilogue
+    return waves * (main + epilogue)
