@@ -12,6 +12,7 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch.utils import _pytree as pytree
 
 from fusewright.capture import model_file
 from fusewright.capture.model import CapturedModel, capture
@@ -144,7 +145,7 @@ def load_and_capture(
 
 
 def header(path: Path, instance: Instance, chip: Chip) -> dict[str, Any]:
-    tensors = [x for x in instance.inputs if isinstance(x, torch.Tensor)]
+    tensors = [x for x in pytree.tree_leaves(instance.inputs) if isinstance(x, torch.Tensor)]
     inputs = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
     return {"model": str(path), "inputs": inputs, "arch": chip.arch}
 
