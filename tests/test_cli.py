@@ -85,6 +85,16 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "mixed devices": (model(LINEAR, inputs="torch.rand(2, 20, device='meta')"), [], ["get_inputs", "meta", "on one"]),
     "wrong inner dimension": (model(LINEAR, inputs="torch.rand(24, 21)"), [], ["eager", "24x21 and 20x16"]),
     "fails in eager": (forward("raise ValueError('of its own')"), [], ["eager", "ValueError: of its own"]),
+    "another dtype than the parameters": (
+        model(LINEAR, inputs="torch.rand(24, 20).double()"),
+        [],
+        ["model.py:12", "fails in eager", "dtype"],
+    ),
+    "index out of range": (
+        model(LINEAR.replace("Linear(", "Embedding("), inputs="torch.full((24,), 20)"),
+        [],
+        ["model.py:12", "fails in eager", "index out of range"],
+    ),
     "unsupported dtype": (model(LINEAR), ["--dtype", "int4"], ["int4", "float16, bfloat16"]),
     "complex": (forward("return x * 1j"), [], ["complex64", "float32"]),
     "unknown arch": (GOOD, ["--arch", "sm_1"], ["sm_1", "choose one of sm_80"]),
@@ -95,8 +105,15 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "out is the input": (GOOD, ["-o", "./model.py"], ["input itself", "-o"]),
     "graph break": (forward("torch._dynamo.graph_break()", "return x"), [], ["not one graph"]),
     "depends on data": (forward("return x * 2 if x.sum() > 0 else x / 3"), [], ["not one graph"]),
-    "changes its input": (forward("x.add_(1)", "return x * 2"), [], ["changes"]),
-    "returns its input": (forward("return x"), [], ["returns one of its inputs"]),
+    "changes its input": (
+        model(LINEAR.replace("return", "x.add_(1)\n        return")),
+        [],
+        ["model.py:11: the model changes one of its inputs or buffers; return the new value instead\n"],
+    ),
+    "returns its input": (forward("return x"), [], ["model.py:7", "returns one of its inputs"]),
+    "returns a text": (forward("return 'text'"), [], ["model.py:7", "returns is a value of type str", "tensors"]),
+    "returns nothing": (forward("x * 2"), [], ["model.py:7", "type NoneType", "tensors"]),
+    "returns a number too": (forward("return x * 2, [3]"), [], ["model.py:7", "at [1][0]", "type int", "tensors"]),
     "no kernel": (forward("return torch.sort(x)[0]"), [], ["no kernel for", "sort", "--allow-library"]),
 }
 

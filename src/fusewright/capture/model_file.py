@@ -117,6 +117,13 @@ class ModelFile:
         with self._eager("the model fails in eager mode"), torch.no_grad():
             return instance.model(*instance.inputs)
 
+    def place_of_forward(self) -> str:
+        """The file and the line of Model's last `forward`, of its class where it has none, for a message."""
+        line = self._line("Model")
+        classes = [n for n in self.tree.body if isinstance(n, ast.ClassDef) and n.lineno == line]
+        methods = [n.lineno for c in classes for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "forward"]
+        return self._at(methods[-1] if methods else line)
+
     def _check_signature(self, values: Sequence[Any]) -> None:
         try:
             inspect.signature(self.Model).bind(*values)
