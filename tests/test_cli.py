@@ -139,10 +139,15 @@ def test_no_such_file(run: Run) -> None:
 
 
 def test_a_place_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before the work."""
     (tmp_path / "model.py").write_text(GOOD)
+    (tmp_path / "model_new.py").touch()
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
     done = run("optimize", "model.py")
     assert done.code == 2 and "permission denied" in done.err and "-o" in done.err
+    if Path("/proc").exists():  # where even root may write nothing, and os.access says yes
+        done = run("optimize", "model.py", "-o", "/proc/model_new.py")
+        assert done.code == 2 and "/proc/model_new.py cannot be written" in done.err and done.out == ""
 
 
 def test_usage(run: Run) -> None:
@@ -233,6 +238,23 @@ def test_verify_tells_a_wrong_file(run: Run, tmp_path: Path) -> None:
     done = run("verify", "model.py", "wrong.py", "--json", "-")
     assert done.code == 1 and done.err.rstrip().endswith("wrong.py is not as correct as model.py")
     assert json.loads(done.out)["passed"] is False
+
+
+def test_verify_wants_a_candidate(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the reference once more; with get_inputs and get_init_inputs as they are, --set and all."""
+    monkeypatch.setattr("fusewright.tools.verify.SPECS", ())
+    reference = "rows = 24\n" + GOOD.replace("torch.rand(24,", "torch.rand(rows,")
+    (tmp_path / "model.py").write_text(reference)
+    done = run("verify", "model.py", "model.py")
+    assert done.code == 2 and "no class ModelNew (the file defines Model)" in done.err
+    candidate = reference.replace("class Model", "class ModelNew")
+    (tmp_path / "new.py").write_text(candidate)
+    assert run("verify", "model.py", "new.py", "--set", "rows=3").code == 0
+    (tmp_path / "new.py").write_text(candidate.replace("rows = 24", "rows = 8"))
+    done = run("verify", "model.py", "new.py", "--json", "-")
+    (missed,) = [c for c in json.loads(done.out)["checks"] if not c["passed"]]
+    assert done.code == 1 and missed["name"] == "arguments"
+    assert missed["detail"] == "get_inputs gives float32 [8, 20] where the reference's gives float32 [24, 20]"
 
 
 def test_verify_knows_only_its_own_files_without_a_gpu(run: Run, tmp_path: Path) -> None:

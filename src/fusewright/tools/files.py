@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +20,14 @@ def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> 
         raise OutputNotWritable(f"{out} is a folder; name the file to write with {option}")
     if not out.parent.is_dir():
         raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
-    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
-        raise OutputNotWritable(f"{out} cannot be written: permission denied; choose another place with {option}")
+    why = "permission denied" if out.exists() and not os.access(out, os.W_OK) else ""
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):  # os.access says yes of /proc, and of a full disk
+            pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+    if why:
+        raise OutputNotWritable(f"{out} cannot be written: {why}; choose another place with {option}")
 
 
 def write(path: Path, contents: str | bytes) -> None:
