@@ -85,6 +85,16 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "mixed devices": (model(LINEAR, inputs="torch.rand(2, 20, device='meta')"), [], ["get_inputs", "meta", "on one"]),
     "wrong inner dimension": (model(LINEAR, inputs="torch.rand(24, 21)"), [], ["eager", "24x21 and 20x16"]),
     "fails in eager": (forward("raise ValueError('of its own')"), [], ["eager", "ValueError: of its own"]),
+    "another dtype than the parameters": (
+        model(LINEAR, inputs="torch.rand(24, 20).double()"),
+        [],
+        ["model.py:12", "fails in eager", "dtype"],
+    ),
+    "index out of range": (
+        model(LINEAR.replace("Linear(", "Embedding("), inputs="torch.full((24,), 20)"),
+        [],
+        ["model.py:12", "fails in eager", "index out of range"],
+    ),
     "unsupported dtype": (model(LINEAR), ["--dtype", "int4"], ["int4", "float16, bfloat16"]),
     "complex": (forward("return x * 1j"), [], ["complex64", "float32"]),
     "unknown arch": (GOOD, ["--arch", "sm_1"], ["sm_1", "choose one of sm_80"]),
@@ -95,8 +105,15 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "out is the input": (GOOD, ["-o", "./model.py"], ["input itself", "-o"]),
     "graph break": (forward("torch._dynamo.graph_break()", "return x"), [], ["not one graph"]),
     "depends on data": (forward("return x * 2 if x.sum() > 0 else x / 3"), [], ["not one graph"]),
-    "changes its input": (forward("x.add_(1)", "return x * 2"), [], ["changes"]),
-    "returns its input": (forward("return x"), [], ["returns one of its inputs"]),
+    "changes its input": (
+        model(LINEAR.replace("return", "x.add_(1)\n        return")),
+        [],
+        ["model.py:11: the model changes one of its inputs or buffers; return the new value instead\n"],
+    ),
+    "returns its input": (forward("return x"), [], ["model.py:7", "returns one of its inputs"]),
+    "returns a text": (forward("return 'text'"), [], ["model.py:7", "returns is a value of type str", "tensors"]),
+    "returns nothing": (forward("x * 2"), [], ["model.py:7", "type NoneType", "tensors"]),
+    "returns a number too": (forward("return x * 2, [3]"), [], ["model.py:7", "at [1][0]", "type int", "tensors"]),
     "no kernel": (forward("return torch.sort(x)[0]"), [], ["no kernel for", "sort", "--allow-library"]),
 }
 
@@ -122,10 +139,15 @@ def test_no_such_file(run: Run) -> None:
 
 
 def test_a_place_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before the work."""
     (tmp_path / "model.py").write_text(GOOD)
+    (tmp_path / "model_new.py").touch()
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
     done = run("optimize", "model.py")
     assert done.code == 2 and "permission denied" in done.err and "-o" in done.err
+    if Path("/proc").exists():  # where even root may write nothing, and os.access says yes
+        done = run("optimize", "model.py", "-o", "/proc/model_new.py")
+        assert done.code == 2 and "/proc/model_new.py cannot be written" in done.err and done.out == ""
 
 
 def test_usage(run: Run) -> None:
@@ -216,6 +238,23 @@ def test_verify_tells_a_wrong_file(run: Run, tmp_path: Path) -> None:
     done = run("verify", "model.py", "wrong.py", "--json", "-")
     assert done.code == 1 and done.err.rstrip().endswith("wrong.py is not as correct as model.py")
     assert json.loads(done.out)["passed"] is False
+
+
+def test_verify_wants_a_candidate(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the reference once more; with get_inputs and get_init_inputs as they are, --set and all."""
+    monkeypatch.setattr("fusewright.tools.verify.SPECS", ())
+    reference = "rows = 24\n" + GOOD.replace("torch.rand(24,", "torch.rand(rows,")
+    (tmp_path / "model.py").write_text(reference)
+    done = run("verify", "model.py", "model.py")
+    assert done.code == 2 and "no class ModelNew (the file defines Model)" in done.err
+    candidate = reference.replace("class Model", "class ModelNew")
+    (tmp_path / "new.py").write_text(candidate)
+    assert run("verify", "model.py", "new.py", "--set", "rows=3").code == 0
+    (tmp_path / "new.py").write_text(candidate.replace("rows = 24", "rows = 8"))
+    done = run("verify", "model.py", "new.py", "--json", "-")
+    (missed,) = [c for c in json.loads(done.out)["checks"] if not c["passed"]]
+    assert done.code == 1 and missed["name"] == "arguments"
+    assert missed["detail"] == "get_inputs gives float32 [8, 20] where the reference's gives float32 [24, 20]"
 
 
 def test_verify_knows_only_its_own_files_without_a_gpu(run: Run, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_settings_reach_the_backend_and_the_rest_torch_compile(options: list[dic
         ({"speed": 9}, UnknownSetting, "the settings are library"),
         ({"library": "no"}, InvalidSetting, "'library' takes bool, not 'no'"),
         ({"schedules": True}, InvalidSetting, "'schedules' takes int"),
+        ({"simulate": True, "schedules": 0}, InvalidSetting, "'schedules' takes 1 or more, not 0"),
         ({"arch": 90}, InvalidSetting, "'arch' takes str | None"),
         ({"simulate": True, "cuda_graphs": True}, InvalidSetting, "needs a GPU"),
     ],

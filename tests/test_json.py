@@ -87,7 +87,8 @@ def _commands(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, li
 
     Path("model.py").write_text(MODELS["one in a list"])
     for name in ("relu", "tanh"):
-        Path(f"{name}.py").write_text(model(f"    def forward(self, x):\n        return x.{name}()\n"))
+        text = model(f"    def forward(self, x):\n        return x.{name}()\n")
+        Path(f"{name}.py").write_text(text if name == "relu" else text.replace("class Model", "class ModelNew"))
     body = """
     def __init__(self):
         super().__init__()

@@ -54,6 +54,8 @@ class Settings:
                 wanted = getattr(types[name], "__name__", types[name])
                 raise InvalidSetting(f"setting {name!r} takes {wanted}, not {value!r}")
         settings = cls(**(options or {}))
+        if settings.schedules < 1:
+            raise InvalidSetting(f"setting 'schedules' takes 1 or more, not {settings.schedules}")
         if settings.simulate and settings.cuda_graphs:
             raise InvalidSetting("cuda_graphs needs a GPU, and simulate runs on the CPU; set one of them")
         parse(settings.tuned or "")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusewright.capture.model_file import ModelFile, constants, load, parse_setting
+from fusewright.capture.model_file import ModelFile, constants, load, parse_setting, settable
 from fusewright.errors import EagerFailure, FusewrightError, MixedDevices, ModelFileError, UnknownSetting
 
 GOOD = '''"""A linear layer, scaled."""
@@ -290,12 +290,21 @@ def test_settings_that_are_no_literals(write: Writer, value: object) -> None:
     assert "features" in message(UnknownSetting, lambda: load(write(GOOD), {"features": value}))
 
 
-def test_only_literals_of_single_names_are_constants() -> None:
+def test_only_literals_of_names_are_constants() -> None:
     tree = ast.parse(
-        "a = -1\nb, c = 1, 2\nd = e = 3\nf = a\ng = len('x')\nh: int = 4\ni: int\nj.k = 5\nif a: l = 6\na = 7"
+        "a = -1\nb, (c, z) = 1, [2, len('x')]\nd = e = 3\nf = a\ng = len('x')\nh: int = 4\ni: int\nj.k = 5\n"
+        "if a: l = 6\na = 7\nm, *n = 1, 2\no, p = 1, *q\nr, s = t"
     )
-    assert list(constants(tree)) == ["a", "h"]
+    assert list(constants(tree)) == ["a", "b", "c", "h"]
     assert len(constants(tree)["a"]) == 2
+
+
+def test_settings_of_several_in_one_line(write: Writer) -> None:
+    path = write("rows, width, shape = 4, (8), (1, 2)\n" + MINIMAL)
+    file = load(path, {"width": 16, "shape": (3, 4)})
+    assert file.source.startswith("rows, width, shape = 4, (16), (3, 4)\n")
+    assert [file.namespace[n] for n in ("rows", "width", "shape")] == [4, 16, (3, 4)]
+    assert settable(path, {"rows": 1, "other": 2}) == {"rows": 1}
 
 
 @pytest.mark.parametrize(
@@ -330,6 +339,10 @@ def test_parse_setting_never_evaluates(text: str) -> None:
         (MINIMAL + "get_inputs = [1]\n", "get_inputs is a value of type list; let it be a function"),
         (MINIMAL + "def f():\n    return 1 / 0\nf()\n", ":13: the file raises when it is run: ZeroDivisionError: "),
         (
+            MINIMAL + "class Own(BaseException): pass\nraise Own('mine')\n",
+            ":13: the file raises when it is run: Own: mine",
+        ),
+        (
             MINIMAL + "raise SystemExit(3)\n",
             ":12: the file raises when it is run: SystemExit: 3\n    raise SystemExit(3)",
         ),
@@ -356,6 +369,8 @@ def test_raising_file_shows_its_innermost_line(write: Writer) -> None:
 def test_interruption_passes_through(write: Writer) -> None:
     with pytest.raises(KeyboardInterrupt):
         load(write("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        load(write(MINIMAL.replace("return [torch.ones(3)]", "raise KeyboardInterrupt"))).inputs()
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -418,6 +433,12 @@ def test_unreadable_file(write: Writer) -> None:
             "return [1 / 0]",
             EagerFailure,
             ":9: get_inputs raises: ZeroDivisionError: division",
+        ),
+        (
+            "return [torch.ones(3)]",
+            "raise type('Own', (BaseException,), {})('mine')",
+            EagerFailure,
+            ":9: get_inputs raises: Own: mine",
         ),
         ("return []", "return [1 / 0]", EagerFailure, ":11: get_init_inputs raises: ZeroDivisionError"),
         (

@@ -207,6 +207,33 @@ def test_refused(name: str, says: str) -> None:
         written(REFUSED[name])
 
 
+NO_GRAD = """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(20, 16)
+
+    @torch.no_grad()
+    def forward(self, {}):
+        return torch.relu(self.gemm({})) + {}
+"""
+
+
+@pytest.mark.parametrize("names", [("x, y", "x", "y"), ("*xs", "xs[0]", "xs[1]"), ("x, *rest", "x", "rest[0]")])
+def test_a_decorator_of_torch_stays(names: tuple[str, str, str]) -> None:
+    file = written(model(NO_GRAD.format(*names), inputs="torch.rand(24, 20), torch.rand(24, 16)"))
+    assert [a for a in file.captured.arguments if a] == ["self.gemm.weight", "self.gemm.bias", *names[1:]]
+    assert f"    @torch.no_grad()\n    def forward(self, {names[0]}):\n        return torch.ops" in file.text
+    assert [p.name for p in file.emitted.planned] == ["fused"]
+
+
+def test_a_decorator_that_changes_forward_is_refused() -> None:
+    """The graph holds what it does, and it would do that once more to what the kernels return."""
+    twice = "def twice(f):\n    return lambda self, x: f(self, x) * 2\n\n\n"
+    body = "    @twice\n    def forward(self, x):\n        return torch.relu(x)\n"
+    with pytest.raises(CannotCapture, match="such as a decorator"):
+        written(model(body, before=twice))
+
+
 def test_a_result_keeps_its_gradient() -> None:
     """A result without a gradient comes first: the second one's gradient is the second that backward is given."""
     file = varied("indices first")

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fusewright.chip import chip_for
-from fusewright.errors import WrongResult
+from fusewright.errors import CannotCapture, WrongResult
 from fusewright.tools import optimize as tool
 from fusewright.tools import plan_check
 from fusewright.tools.optimize import Request, optimize
@@ -81,3 +81,12 @@ def test_without_a_check_nothing_is_claimed(tmp_path: Path) -> None:
     optimize(request_for(tmp_path, verify=False, settings={"batch": 7}), shown)
     assert "checked" not in stream.getvalue() and "simulated" not in stream.getvalue()
     assert "batch = 7\n" in (tmp_path / "model_new.py").read_text()
+
+
+def test_of_what_torch_says_only_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such thing\n\nfrom user code: https://advice")
+
+    monkeypatch.setattr(tool, "capture", fail)
+    with pytest.raises(CannotCapture, match=r"model.py:12: torch cannot trace the model: no such thing$"):
+        optimize(request_for(tmp_path), console()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -90,6 +91,40 @@ def test_a_kernel_is_held_against_eager() -> None:
     for wrong in (low, low.float()):
         assert not plan_check._judge(oracle, {"result 0": wrong}, eager).passed
     assert not plan_check._judge(oracle, {}, eager).passed
+
+
+@pytest.mark.parametrize("distance", [plan_check._distance, plan_check._bulk])
+def test_what_is_not_finite_is_held_to_its_class(distance: Any) -> None:
+    """NaN, Inf and −Inf where eager or the oracle has them; the other elements by their distance."""
+    inf, nan = math.inf, math.nan
+    oracle = torch.tensor([nan, inf, -inf, 1e40, 1.0, 2.0, 3.0], dtype=torch.float64)  # the fourth is Inf in float32
+
+    def passed(*values: float) -> bool:
+        eager = {"result 0": oracle.float()}
+        found = {"result 0": torch.tensor(values)}
+        return plan_check._judge({"result 0": oracle}, found, eager, 1, distance).passed
+
+    assert passed(nan, inf, -inf, inf, 1, 2, 3)
+    for wrong in ((1, inf, -inf, inf, 1, 2, 3), (nan, -inf, -inf, inf, 1, 2, 3), (nan, inf, -inf, inf, nan, 2, 3)):
+        assert not passed(*wrong)
+    assert not passed(nan, inf, -inf, inf, 1.001, 2.002, 3.003)
+
+
+def test_inputs_of_any_structure_and_layout() -> None:
+    """A list and a number in a dict, a transposed tensor; results that are NaN and Inf where eager's are."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gemm = torch.nn.Linear(20, 16)
+
+        def forward(self, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.gemm(given["pair"][0]) * given["factor"]
+            return torch.log(y), given["pair"][1] / 0.0
+
+    inputs = [{"pair": [torch.rand(20, 24).t(), torch.rand(24, 8)], "factor": 2}]
+    outcome = check(Small(Model(), inputs, "small"), CHIP, (), schedules=1)
+    assert outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed
 
 
 def test_where_tf32_is_allowed_eager_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fusewright.capture import model_file
-from fusewright.tools.small import Small, small
+from fusewright.errors import EagerFailure
+from fusewright.tools import small as tool
+from fusewright.tools.small import Small, run_eagerly, small
 from model_files import model
 
 BODY = """
@@ -50,3 +54,23 @@ def test_only_the_batch_is_cut_where_constants_cannot(tmp_path: Path) -> None:
 def test_small_files_stay(tmp_path: Path) -> None:
     found = reduced("wide = 20\n" + model(BODY.format(16, "")), tmp_path)
     assert found.inputs[0].shape[1] == 20 and found.sizes
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_eager_is_run_at_sizes_that_are_quick(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the file's own otherwise only where the model does not run at small ones."""
+    monkeypatch.setattr(tool, "_QUICK", 1e12 if quick else 0.0)
+
+    def sizes(more: str = "", inputs: str = "torch.rand(rows, wide)") -> set[str]:
+        body = BODY.replace("return", f"y = self.gemm(x); print(len(y)){more}\n        return").format(16, "")
+        path = tmp_path / "model.py"
+        path.write_text("rows = 512\nwide = 300\n" + model(body, inputs=inputs))
+        run_eagerly(model_file.load(path), {}, None)
+        return set(capsys.readouterr().out.split())
+
+    assert sizes() == {"512" if quick else "200"}
+    assert "512" in sizes("; assert len(x) == 512")
+    with pytest.raises(EagerFailure, match="must have the same dtype"):
+        sizes(inputs="torch.rand(rows, wide).double()")

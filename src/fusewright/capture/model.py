@@ -6,11 +6,13 @@ compiled function that would run it only returns empty tensors.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import sympy
 import torch
@@ -69,8 +71,10 @@ class CapturedModel:
 class _Recorder:
     """A Dynamo backend that keeps graphs and runs nothing."""
 
-    def __init__(self, capabilities: Capabilities | None) -> None:
+    def __init__(self, capabilities: Capabilities | None, names: Sequence[str]) -> None:
+        """names: as `_decorated` gives them."""
         self.capabilities = capabilities
+        self.names = names
         self.arguments: list[str | None] = []
         self.graph: Graph | None = None
         self.sizes: dict[sympy.Symbol, int] = {}
@@ -79,7 +83,7 @@ class _Recorder:
         self.returned: list[Any] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        self.arguments = [_expression(p) for p in module.graph.find_nodes(op="placeholder")]
+        self.arguments = [_expression(p, self.names) for p in module.graph.find_nodes(op="placeholder")]
         symbolic = {size_of(i): int(i.node.hint) for i in inputs if isinstance(i, torch.SymInt)}
         self.sizes = {s: value for s, value in symbolic.items() if isinstance(s, sympy.Symbol)}
         compiled: Callable[..., Any] = aot_autograd(
@@ -139,8 +143,8 @@ def _capture(
         t.is_floating_point() for t in (*model.parameters(), *pytree.tree_leaves(list(inputs))) if _is_tensor(t)
     )
     inference = _record(model, _detached(inputs, False), capabilities, grad=False)
+    result, outputs = _result(inference)  # before training, whose inputs are leaves: torch lets nobody write to them
     joint = _record(model, _detached(inputs, True), capabilities, grad=True) if training else None
-    result, outputs = _result(inference)
     recorded = inference[0]
     assert recorded.graph is not None
     base = CapturedModel(
@@ -194,7 +198,7 @@ def _with_training(
 def _record(
     model: nn.Module, inputs: Sequence[Any], capabilities: Capabilities | None, *, grad: bool
 ) -> tuple[_Recorder, Any]:
-    recorder = _Recorder(capabilities)
+    recorder = _Recorder(capabilities, _decorated(type(model), len(inputs)))
     torch._dynamo.reset()
     _mark_batch(inputs)
     required = [(p, p.requires_grad) for p in model.parameters()]
@@ -204,8 +208,7 @@ def _record(
         with torch.set_grad_enabled(grad), postponed():
             returned = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
     except Unsupported as error:
-        reason = str(error).split("\n\n")[0].strip()
-        raise CannotCapture(f"the model is not one graph: {reason}") from None
+        raise CannotCapture(f"the model is not one graph: {first_paragraph(error)}") from None
     except BackendCompilerFailed as error:
         inner = error.inner_exception if hasattr(error, "inner_exception") else error
         raise inner from None
@@ -213,9 +216,25 @@ def _record(
         for p, flag in required:
             p.requires_grad_(flag)
         torch._dynamo.reset()
+    _check_returned(returned)
     if recorder.graph is None:
         raise CannotCapture("the model computes nothing on tensors")
     return recorder, returned
+
+
+def first_paragraph(error: Exception) -> str:
+    """What torch says, without its advice, links and frames."""
+    return str(error).split("\n\n")[0].strip()
+
+
+def _check_returned(returned: Any) -> None:
+    """Raises CannotCapture for anything but tensors and, beside them, None."""
+    leaves = pytree.tree_flatten_with_path(returned)[0]
+    tensors = any(_is_tensor(leaf) for _, leaf in leaves)
+    for path, leaf in leaves:
+        if not (_is_tensor(leaf) or (leaf is None and tensors)):
+            where = f"what the model returns{' at ' if path else ''}{pytree.keystr(path)}"
+            raise CannotCapture(f"{where} is a value of type {type(leaf).__name__}; let forward return tensors")
 
 
 def _batch(inputs: Sequence[Any]) -> int | None:
@@ -251,7 +270,9 @@ def _result(recorded: tuple[_Recorder, Any]) -> tuple[Any, int]:
             return leaf
         address = leaf.data_ptr() if leaf.numel() else id(leaf)
         if address not in addresses:
-            raise CannotCapture("the model returns one of its inputs or a view of it; return a new tensor")
+            raise CannotCapture(
+                "the model returns one of its inputs or parameters, or a view of one; return a new tensor"
+            )
         return OutputIndex(addresses.index(address))
 
     structure = pytree.tree_map(index, returned)
@@ -268,13 +289,39 @@ class OutputIndex:
     index: int
 
 
-def _expression(placeholder: fx.Node) -> str | None:
-    """Dynamo's name for where an input comes from, as the Python that `forward` would write."""
+def undecorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` without torch's own decorators, such as `@torch.no_grad()`."""
+
+    def plain(function: Any) -> bool:
+        return not isinstance(function, FunctionType) or "ctx_factory" not in function.__code__.co_freevars
+
+    return cast("Callable[..., Any]", inspect.unwrap(forward, stop=plain))
+
+
+def _decorated(model: type[nn.Module], count: int) -> list[str]:
+    """The names of `self` and `count` arguments of a `forward` under one of torch's decorators; none of a plain one."""
+    plain = undecorated(model.forward)
+    if plain is model.forward:
+        return []
+    parameters = inspect.signature(plain).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    return [*names, *(f"{rest[0]}[{i}]" for i in range(count + 1 - len(names)))]
+
+
+def _expression(placeholder: fx.Node, names: Sequence[str]) -> str | None:
+    """Dynamo's name for where an input comes from, as the Python that `forward` would write.
+
+    names: as `_decorated` gives them. There Dynamo sees the decorator's: the model is its `fn`, all else in its `args`.
+    """
     if isinstance(placeholder.meta.get("example_value"), torch.SymInt):
         return None
     source = placeholder.meta["grapharg"].source
     name = source.name() if callable(source.name) else source.name
     name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
+    if names:
+        name = re.sub(r"^fn\b", names[0], name)
+        name = re.sub(r"^args\[(\d+)\]", lambda place: names[1 + int(place[1])], name)
     name = re.sub(r"\._(?:modules|parameters|buffers)\['([A-Za-z_]\w*)'\]", r".\1", name)
     return re.sub(r"\._modules\['(\d+)'\]", r"[\1]", name)
 

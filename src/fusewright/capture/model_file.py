@@ -117,6 +117,13 @@ class ModelFile:
         with self._eager("the model fails in eager mode"), torch.no_grad():
             return instance.model(*instance.inputs)
 
+    def place_of_forward(self) -> str:
+        """The file and the line of Model's last `forward`, of its class where it has none, for a message."""
+        line = self._line("Model")
+        classes = [n for n in self.tree.body if isinstance(n, ast.ClassDef) and n.lineno == line]
+        methods = [n.lineno for c in classes for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "forward"]
+        return self._at(methods[-1] if methods else line)
+
     def _check_signature(self, values: Sequence[Any]) -> None:
         try:
             inspect.signature(self.Model).bind(*values)
@@ -132,7 +139,9 @@ class ModelFile:
         try:
             with without_gpu():
                 yield
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise EagerFailure(_raised(self.path, self.module, self.source, what, error)) from error
 
     def _wrong(self, name: str, what: str) -> ModelFileError:
@@ -189,8 +198,14 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise UnknownSetting(f"cannot set {name.strip()}: {value!r} is no Python literal ({hint})") from None
 
 
+def settable(path: Path, settings: Mapping[str, object]) -> dict[str, object]:
+    """Those of the settings that the file has a constant for. Raises ModelFileError."""
+    known = constants(_parse(path, _read(path)))
+    return {name: value for name, value in settings.items() if name in known}
+
+
 def constants(tree: ast.Module) -> dict[str, list[ast.expr]]:
-    """Returns module-level name → the literals assigned to it, such as `batch_size = 64`: what settings replace."""
+    """Returns module-level name → the literals assigned to it, such as `n, k = 64, 8`: what settings replace."""
     found: dict[str, list[ast.expr]] = {}
     for name, value in _assignments(tree):
         try:
@@ -204,13 +219,20 @@ def constants(tree: ast.Module) -> dict[str, list[ast.expr]]:
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target, value = node.targets[0], node.value
+            yield from _pairs(node.targets[0], node.value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            target, value = node.target, node.value
-        else:
-            continue
-        if isinstance(target, ast.Name):
-            yield target.id, value
+            yield from _pairs(node.target, node.value)
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """The names in `target` and what each is assigned, also in `a, b = 1, 2`."""
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple | ast.List) and isinstance(value, ast.Tuple | ast.List):
+        starred = any(isinstance(e, ast.Starred) for e in (*target.elts, *value.elts))
+        if len(target.elts) == len(value.elts) and not starred:
+            for element, part in zip(target.elts, value.elts, strict=True):
+                yield from _pairs(element, part)
 
 
 def _with_settings(path: Path, source: str, tree: ast.Module, settings: Mapping[str, object]) -> str:
@@ -296,7 +318,7 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
             exec(compile(tree, module.__file__, "exec", dont_inherit=True), vars(module))
     except BaseException as error:
         del sys.modules[name]
-        if not isinstance(error, Exception | SystemExit):
+        if isinstance(error, KeyboardInterrupt):
             raise
         what = "the file raises when it is run"
         if isinstance(error, ModuleNotFoundError):

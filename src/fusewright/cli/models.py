@@ -96,9 +96,7 @@ def report(
 
 def verify(
     reference: Reference,
-    candidate: Annotated[
-        Path, typer.Argument(metavar="CANDIDATE", help="A model file with class ModelNew (or Model).")
-    ],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="A model file with class ModelNew.")],
     dtype: Dtype = None,
     set_: Set = None,
     schedules: Schedules = 1,

@@ -55,7 +55,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def _classes(t: Tensor) -> Tensor:
+def classes(t: Tensor) -> Tensor:
     """0 for a finite element, 1 for +Inf, 2 for −Inf, 3 for NaN."""
     return t.isposinf().to(torch.int8) + 2 * t.isneginf().to(torch.int8) + 3 * t.isnan().to(torch.int8)
 
@@ -214,7 +214,7 @@ class Judge:
     def _add_floating(self, name: str, candidate: Tensor, eager: Tensor, oracle: Tensor | None) -> None:
         dtype = eager.dtype
         truth = eager.double() if oracle is None or oracle.shape != eager.shape else oracle.detach().double()
-        ours, theirs, right = _classes(candidate), _classes(eager), _classes(truth.to(dtype))
+        ours, theirs, right = (classes(t) for t in (candidate, eager, truth.to(dtype)))
         if bool((wrong := (ours != theirs) & (ours != right)).any()):
             where = _first(wrong)
             pair = f"{candidate[tuple(where)].item()} where eager gives {eager[tuple(where)].item()}"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fusewright import __version__
-from fusewright.capture.model import CapturedModel, OutputIndex
+from fusewright.capture.model import CapturedModel, OutputIndex, undecorated
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
 from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
@@ -63,6 +63,12 @@ def emit(
         )
     made_for = chip.arch if dtype is None else f"{chip.arch}, model and inputs cast to {str(dtype).split('.')[1]}"
     source = split(file.source, file.tree)
+    code = getattr(undecorated(type(model).forward), "__code__", None)
+    if code is None or code.co_firstlineno != source.line:
+        raise CannotCapture(
+            "a call runs something else than the forward of class Model, such as a decorator of it, which the written "
+            "file would apply to the kernels too; do that within forward"
+        )
     added = freeze.graphs(planned[0], captured, model, source, chip)
     return Emitted(planned, added, _file(file, model, captured, source, planned, added, chip, made_for))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,16 @@ def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> 
         raise OutputNotWritable(f"{out} is a folder; name the file to write with {option}")
     if not out.parent.is_dir():
         raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
-    if not os.access(out.parent, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
-        raise OutputNotWritable(f"{out} cannot be written: permission denied; choose another place with {option}")
+    target = out.resolve()
+    why = "permission denied" if out.exists() and not os.access(out, os.W_OK) else ""
+    try:
+        if not _is_stream(target):
+            with tempfile.TemporaryFile(dir=target.parent):  # os.access says yes of /proc, and of a full disk
+                pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+    if why:
+        raise OutputNotWritable(f"{out} cannot be written: {why}; choose another place with {option}")
 
 
 def write(path: Path, contents: str | bytes) -> None:
@@ -33,7 +42,7 @@ def write(path: Path, contents: str | bytes) -> None:
     target = path.resolve()  # a link stays one
     temporary = target.parent / f".fusewright-{secrets.token_hex(8)}"
     try:
-        if target.exists() and not target.is_file():  # a pipe or a device, which has no place for a half
+        if _is_stream(target):
             target.write_bytes(data)
             return
         with temporary.open("xb") as stream:
@@ -46,3 +55,8 @@ def write(path: Path, contents: str | bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """A pipe or a device: nothing can be renamed into its place."""
+    return path.exists() and not path.is_file()

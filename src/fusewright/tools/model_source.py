@@ -15,8 +15,8 @@ class ModelSource:
     """A model file's text, in which `Model` is called `ModelNew`, without what `forward` computes.
 
     before: up to the class. head: the class up to the end of `forward`'s signature and docstring. tail: the rest of the
-    class. after: what follows it. outer, indent: before `def forward`, and of its statements. arguments: the names that
-    it takes, `self` first.
+    class. after: what follows it. outer, indent: before `def forward`, and of its statements. line: where `forward` or
+    its first decorator stands. arguments: the names that it takes, `self` first.
     """
 
     before: str
@@ -25,6 +25,7 @@ class ModelSource:
     after: str
     outer: str
     indent: str
+    line: int
     arguments: tuple[str, ...]
 
 
@@ -49,7 +50,8 @@ def split(source: str, tree: ast.Module) -> ModelSource:
     names = [*taken.posonlyargs, *taken.args, taken.vararg, *taken.kwonlyargs, taken.kwarg]
     arguments = tuple(a.arg for a in names if a is not None)
     before, tail, after = ("".join(part) for part in (lines[:start], lines[end:stop], lines[stop:]))
-    return ModelSource(before, head, tail, after, _indent(lines[forward.lineno - 1]), indent, arguments)
+    outer = _indent(lines[forward.lineno - 1])
+    return ModelSource(before, head, tail, after, outer, indent, _first_line(forward), arguments)
 
 
 def _signature(forward: ast.FunctionDef, lines: list[str]) -> tuple[int, str, str]:

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch.utils import _pytree as pytree
 
 from fusewright.capture import model_file
-from fusewright.capture.model import CapturedModel, capture
+from fusewright.capture.model import CapturedModel, capture, first_paragraph
 from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.capture.without_gpu import without_gpu
 from fusewright.chip import Chip
@@ -28,7 +29,7 @@ from fusewright.tools.emit import emit
 from fusewright.tools.files import check_output, write
 from fusewright.tools.freeze import kept
 from fusewright.tools.planned import Planned, plan_model
-from fusewright.tools.small import CHECKED, SIMULATED, small
+from fusewright.tools.small import CHECKED, SIMULATED, run_eagerly, small
 from fusewright.tools.units import size
 from fusewright.tools.verify import Subject, render, verify
 
@@ -127,24 +128,26 @@ def load_and_capture(
     """Loads the file and traces its model, for a chip: float32 products by halves, where that pays there, in the
     precision that torch's flags ask for once the file is loaded.
 
-    A model that fails in eager mode raises EagerFailure with its own error.
+    A model that fails in eager mode raises EagerFailure with its own error. CannotCapture says where forward is.
     """
     file = model_file.load(path, settings)
     instance = file.instantiate(dtype=dtype)
+    run_eagerly(file, settings, dtype)
     try:
         with without_gpu():
             products = capabilities(chip, library=library, tensor_maps=True, tf32=tf32_allowed())
             return file, instance, capture(instance.model, instance.inputs, capabilities=products)
+    except CannotCapture as error:
+        raise CannotCapture(f"{file.place_of_forward()}: {error}") from error
     except FusewrightError:
-        file.run(instance)  # if eager fails too, its error is the one to show
         raise
     except Exception as error:
-        file.run(instance)
-        raise CannotCapture(f"{path}: torch cannot trace the model: {error}") from error
+        what = f"torch cannot trace the model: {first_paragraph(error)}"
+        raise CannotCapture(f"{file.place_of_forward()}: {what}") from error
 
 
 def header(path: Path, instance: Instance, chip: Chip) -> dict[str, Any]:
-    tensors = [x for x in instance.inputs if isinstance(x, torch.Tensor)]
+    tensors = [x for x in pytree.tree_leaves(instance.inputs) if isinstance(x, torch.Tensor)]
     inputs = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
     return {"model": str(path), "inputs": inputs, "arch": chip.arch}
 

@@ -22,8 +22,10 @@ from fusewright.fusion import reference
 from fusewright.ir.size import evaluate
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
+from fusewright.tools.comparison import classes
 from fusewright.tools.planned import Planned, plan_model, variants_of
 from fusewright.tools.small import Small
+from fusewright.tools.variations import copy_of, map_floating
 
 Runner = Callable[..., Sequence[Any]]
 
@@ -116,7 +118,7 @@ class _Trial:
         self.arguments = [_resolve(e, model, inputs) for e in captured.arguments]
         self.gradients: dict[int, torch.Tensor] = {}  # of the results that have one
         double = copy.deepcopy(model).double()
-        wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        wide = map_floating(inputs, torch.Tensor.double)
         with precision:
             self.eager = self._eager(model, inputs)
         self.oracle = self._eager(double, wide)
@@ -184,18 +186,16 @@ def _judge(
     depth: int = 1,
     distance: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
 ) -> Outcome:
-    worst, where, passed, distance = 0.0, "", True, distance or _distance
+    worst, where, passed = 0.0, "", True
     for name, value in found.items():
         expected = oracle.get(name.removesuffix(" in training"))
         if expected is None:
             continue
-        error = distance(value, expected)
-        if eager is not None:
-            theirs = eager[name.removesuffix(" in training")]
-            passed = passed and value.dtype == theirs.dtype
-            error /= max(distance(theirs, expected), _floor(theirs.dtype, depth))
+        theirs = None if eager is None else eager[name.removesuffix(" in training")]
+        passed = passed and (theirs is None or value.dtype == theirs.dtype)
+        error = _error(value, expected, theirs, depth, distance or _distance)
         limit = PLAN_TOLERANCE if eager is None else RATIO
-        passed = passed and value.shape == expected.shape and error <= limit
+        passed = passed and error <= limit
         if not (error <= worst or math.isnan(worst)):
             worst, where = error, name
     return Outcome(passed and bool(found), worst, where, len(found))
@@ -214,21 +214,38 @@ def _floor(dtype: torch.dtype, depth: int) -> float:
     return max(float(torch.finfo(dtype).eps) / 2, float(torch.finfo(accumulator).eps) * math.sqrt(depth) / 4)
 
 
-def _distance(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖value − expected‖ / ‖expected‖; infinite where shapes differ."""
+def _error(
+    value: torch.Tensor,
+    expected: torch.Tensor,
+    eager: torch.Tensor | None,
+    depth: int,
+    distance: Callable[[torch.Tensor, torch.Tensor], float],
+) -> float:
+    """The distance to what is expected, as a ratio to eager's if given, over the elements that are finite; infinite
+    where shapes differ, or where an element is NaN, Inf or −Inf and it is so neither in eager nor in the oracle."""
     if value.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
+        return math.inf
+    ours, right = classes(value), classes(expected.to(value.dtype))
+    theirs = right if eager is None else classes(eager)
+    if bool(((ours != theirs) & (ours != right)).any()):
+        return math.inf
+    finite = (ours == 0) & (right == 0)
+    error = distance(value[finite], expected[finite])
+    if eager is None:
+        return error
+    finite = (theirs == 0) & (right == 0)
+    return error / max(distance(eager[finite], expected[finite]), _floor(eager.dtype, depth))
+
+
+def _distance(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖value − expected‖ / ‖expected‖."""
     difference, size = (value.double() - expected.double()).norm(), expected.double().norm()
     return float(difference / size.clamp_min(1e-300))
 
 
 def _bulk(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """The median error over the rms value; infinite where shapes differ. A coarse sum near an activation's kink takes
-    the wrong side of it, in eager as here: a few elements of a gradient are then off by their whole size."""
-    if value.shape != expected.shape or not bool(value.isfinite().all()):
-        return float("inf")
+    """The median error over the rms value. A coarse sum near an activation's kink takes the wrong side of it, in eager
+    as here: a few elements of a gradient are then off by their whole size."""
     if not expected.numel():
         return 0.0
     difference, size = (value.double() - expected.double()).abs().median(), expected.double().square().mean().sqrt()
@@ -257,12 +274,13 @@ def _signed(inputs: list[Any]) -> list[Any]:
     """Normal values in the place of floating ones: `torch.rand` alone never reaches the negative side of a ReLU."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.dtype)
-        return value
+    def draw(value: torch.Tensor) -> torch.Tensor:
+        copy = copy_of(value)  # keeps the strides, which the plan is for; so all of its storage is drawn
+        storage = torch.empty(0, dtype=copy.dtype).set_(copy.untyped_storage())
+        storage.copy_(torch.randn(storage.shape, generator=generator, dtype=torch.float32))
+        return copy
 
-    return pytree.tree_map(draw, inputs)  # type: ignore[no-any-return]
+    return map_floating(inputs, draw)
 
 
 def _resolve(expression: str | None, model: nn.Module, inputs: Sequence[Any]) -> Any:

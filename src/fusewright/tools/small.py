@@ -1,8 +1,9 @@
-"""A model file at sizes that a CPU can check: large constants made small, or only the batch."""
+"""A model file at sizes that a CPU can run: large constants made small, or only the batch."""
 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fusewright.capture import model_file
-from fusewright.capture.model_file import ModelFile
-from fusewright.errors import FusewrightError
+from fusewright.capture.model_file import Instance, ModelFile
+from fusewright.errors import EagerFailure, FusewrightError
 
 LARGE = 256
 # Larger than one tile of a kernel and no multiple of it, so that full and ragged tiles are both there.
@@ -21,6 +24,7 @@ _RAGGED = (200, 136, 168, 232, 104)
 _BATCH = 37
 # Elements of all parameters that are still quick to multiply on a CPU, in the simulator and in torch.
 SIMULATED, CHECKED = 1 << 18, 1 << 28
+_QUICK = 2e10  # FLOP of products that a CPU computes in about a second
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,51 @@ def small(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | 
         return value if whole else value[:_BATCH].clone()
 
     return Small(instance.model, pytree.tree_map(cut, instance.inputs), f"batch {min(batch, _BATCH)}")
+
+
+def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | None) -> None:
+    """Raises EagerFailure if the model fails in eager mode.
+
+    Without a GPU a model that takes long is run at small sizes; at its own if it fails there, for it may be right here.
+    """
+    bounded = _Bounded(math.inf if torch.cuda.is_available() else _QUICK)
+    try:
+        with bounded:
+            file.run(file.instantiate(dtype=dtype))
+    except EagerFailure:
+        if bounded.left >= 0:
+            raise
+    if bounded.left >= 0:
+        return
+    try:
+        reduced = small(file, settings, dtype)
+        file.run(Instance(reduced.model, reduced.inputs))
+    except FusewrightError:
+        file.run(file.instantiate(dtype=dtype))
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops what runs in it where its products come to more than `left` FLOP, which is then below 0."""
+
+    def __init__(self, left: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = left
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in flop_registry:
+            self.left -= _flop(func, args, kwargs)
+            if self.left < 0:
+                raise RuntimeError("this takes long")
+        return func(*args, **kwargs)
+
+
+def _flop(operator: Any, args: Any, kwargs: Any) -> float:
+    try:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return float(flop_registry[operator.overloadpacket](*args, **kwargs, out_val=operator(*args, **kwargs)))
+    except Exception:  # the operator itself says what is wrong
+        return 0.0
 
 
 def _replacements(file: ModelFile) -> Iterator[dict[str, int]]:

@@ -35,19 +35,20 @@ SHOWN = 3  # problems that a check's detail spells out
 class Subject:
     """One side of a comparison.
 
-    build: a new module, its parameters drawn from torch's default random generator. inputs: the model file's
-    get_inputs; only the reference's are used.
+    build: a new module, its parameters drawn from torch's default random generator. inputs, initial: the model file's
+    get_inputs and get_init_inputs; both sides have to give the same, and the reference's inputs are used.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], Sequence[Any]]
+    initial: Callable[[], Sequence[Any]] = list
 
     @classmethod
     def of_file(cls, name: str, load: Callable[[], ModelFile]) -> Subject:
         """A model file, loaded when it is first needed: flags that it switches when it is imported are seen."""
         file = cache(load)
-        return cls(name, lambda: file().build(), lambda: file().inputs())
+        return cls(name, lambda: file().build(), lambda: file().inputs(), lambda: file().get_init_inputs())
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def verify(
     draw = _drawer(reference, device, dtype)
     original = _eager_build(reference, device, dtype)
     report = Report(reference.name, candidate.name, _device_name(device), str(dtype or "the file's own"), ())
-    total = len(SPECS) + 2
+    total = len(SPECS) + 2  # initialisation, which includes arguments, and torch's flags
     notify = progress or (lambda name, done, total: None)
     notify("initialisation", 0, total)
     built, initialisation = _initialisation(reference, candidate)
@@ -133,6 +134,7 @@ def verify(
     found = [initialisation]
     with _many_recompilations():
         _prepare(trial)
+        found.append(_same_arguments(reference, candidate))
         for number, spec in enumerate(SPECS, 1):
             notify(spec.name, number, total)
             if spec.gradients and trial.backward is None:
@@ -235,6 +237,51 @@ def _initialisation(reference: Subject, candidate: Subject) -> tuple[nn.Module |
         module = None
     detail = _detail(list(dict.fromkeys(problems)), {}) or "the same parameters, bit for bit"
     return module, Check("initialisation", not problems, detail, {})
+
+
+def _same_arguments(reference: Subject, candidate: Subject) -> Check:
+    """Whether both files give the same arguments, to the constructor and to forward, from the same seed."""
+    problems = []
+    pairs = {
+        "get_init_inputs": (reference.initial, candidate.initial),
+        "get_inputs": (reference.inputs, candidate.inputs),
+    }
+    for function, (wanted, given) in pairs.items():
+        expected = _arguments(wanted)
+        try:
+            found = _arguments(given)
+        except Exception as error:
+            problems.append(f"{function}: {type(error).__name__}: {error}")
+            continue
+        if _equal(found, expected) or not _equal(_arguments(wanted), expected):
+            continue  # or nothing that a seed decides
+        what, others = _described(found), _described(expected)
+        differs = f"gives {what} where the reference's gives {others}" if what != others else "gives other values"
+        problems.append(f"{function} {differs}")
+    return Check("arguments", not problems, _detail(problems, {}) or "the same as the reference's", {})
+
+
+def _arguments(function: Callable[[], Sequence[Any]]) -> list[Any]:
+    torch.manual_seed(SEED)
+    return list(function())
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            return same_bits(x.cpu(), y.cpu())
+        return type(x) is type(y) and bool(x == y)
+
+    if pytree.tree_structure(a) != pytree.tree_structure(b):
+        return False
+    return all(map(same, pytree.tree_leaves(a), pytree.tree_leaves(b)))
+
+
+def _described(arguments: list[Any]) -> str:
+    def text(x: Any) -> str:
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+
+    return ", ".join(text(x) for x in pytree.tree_leaves(arguments)) or "nothing"
 
 
 def _prepare(trial: Trial) -> None:
