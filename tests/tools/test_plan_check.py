@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fusewright.tools.optimize
+from fusewright.capture.model_file import load
 from fusewright.chip import chip_for
 from fusewright.fusion import reference
 from fusewright.runtime.executable import Executable
@@ -125,6 +127,22 @@ def test_inputs_of_any_structure_and_layout() -> None:
     inputs = [{"pair": [torch.rand(20, 24).t(), torch.rand(24, 8)], "factor": 2}]
     outcome = check(Small(Model(), inputs, "small"), CHIP, (), schedules=1)
     assert outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed
+
+
+@pytest.mark.parametrize(
+    "returned",
+    ["self.l(x).t()", "torch.relu(x).t() * 2", "x.bfloat16().exp()", "x.half().exp().float()", "(x.exp(), x.half())"],
+)
+def test_layouts_of_gradients_and_the_models_own_casts(returned: str, tmp_path: Path) -> None:
+    """A result may be transposed, and its gradient then too; what the model rounds itself, the oracle does not."""
+    path = tmp_path / "model.py"
+    path.write_text(
+        "import torch\nclass Model(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.l = torch.nn.Linear(16, 24)\n    def forward(self, x):\n        return "
+        f"{returned}\ndef get_inputs():\n    return [torch.randn(8, 16)]\ndef get_init_inputs():\n    return []\n"
+    )
+    outcome = check(small(load(path), {}, None), CHIP, (), schedules=1)
+    assert outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed, outcome
 
 
 def test_where_tf32_is_allowed_eager_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:

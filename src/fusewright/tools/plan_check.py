@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -19,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusewright.capture.model import CapturedModel, OutputIndex, capture
 from fusewright.chip import Chip
 from fusewright.fusion import reference
+from fusewright.ir.graph import TensorType
 from fusewright.ir.size import evaluate
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
 from fusewright.tools.comparison import classes
 from fusewright.tools.planned import Planned, plan_model, variants_of
 from fusewright.tools.small import Small
+from fusewright.tools.trial import in_double
 from fusewright.tools.variations import copy_of, map_floating
 
 Runner = Callable[..., Sequence[Any]]
@@ -121,7 +124,8 @@ class _Trial:
         wide = map_floating(inputs, torch.Tensor.double)
         with precision:
             self.eager = self._eager(model, inputs)
-        self.oracle = self._eager(double, wide)
+        with in_double():  # what the model casts itself, too
+            self.oracle = self._eager(double, wide)
 
     def _eager(self, model: nn.Module, inputs: list[Any]) -> dict[str, torch.Tensor]:
         arguments = [_resolve(e, model, inputs) for e in self.captured.arguments]
@@ -162,14 +166,22 @@ class _Trial:
         found |= {f"result {i} in training": r for i, r in enumerate(kept[: captured.outputs])}
         sources: dict[str, Any] = {"argument": arguments, "output": kept, "gradient": self.gradients}
         assert captured.backward is not None
-        inputs = [
+        inputs: list[Any] = [
             captured_size(captured, i, backward=True) if s.kind == "size" else sources[s.kind][s.index]
             for i, s in enumerate(captured.saved)
         ]
+        for i, s in enumerate(captured.saved):
+            if s.kind == "gradient":  # of any layout; a written file brings it into the one that was planned for
+                inputs[i] = _laid_out(inputs[i], captured.backward.inputs[i].tensor, captured.sizes)
         for expression, gradient in zip(captured.arguments, runners[2](*inputs), strict=True):
             if gradient is not None and isinstance(gradient, torch.Tensor):
                 found[f"gradient of {expression}"] = gradient
         return found
+
+
+def _laid_out(value: torch.Tensor, type: TensorType, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    stride = [int(evaluate(s, sizes)) for s in type.stride]
+    return torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
 
 
 def captured_size(captured: CapturedModel, index: int, *, backward: bool = False) -> int:
