@@ -87,20 +87,21 @@ def operators(planned: Planned, results: Sequence[str], links: str) -> Picture:
     edges: dict[tuple[Hashable, Hashable], str] = {}
     names = dict(zip(graph.inputs, planned.plan.inputs, strict=True))
     users = graph.users()
-    made_by: dict[Node, frozenset[Hashable]] = {}  # the operators or inputs whose values a node's are made of
+    # The operators or inputs whose values a node's are made of, in order: the same page each time.
+    made_by: dict[Node, tuple[Hashable, ...]] = {}
     for node in graph.nodes():
-        below = frozenset(key for i in node.inputs for key in made_by[i])
+        below = tuple(dict.fromkeys(key for i in node.inputs for key in made_by[i]))
         if node.op == "input" and isinstance(names[node], str):
             drafts[node] = _Draft("input", (str(names[node]), _typed(node.type, sizes)))
-            made_by[node] = frozenset((node,))
+            made_by[node] = (node,)
         elif origins := graph.origins.get(node):
-            made_by[node] = frozenset(origins)
+            made_by[node] = tuple(sorted(origins))
             for origin in sorted(origins):
                 drafts[origin] = _operator(origin, _stored(node, users), planned, numbers, links)
-                edges.update({(source, origin): "" for source in below - origins})
+                edges.update({(source, origin): "" for source in below if source not in origins})
         else:
             made_by[node] = below
-    _add_results(drafts, edges, [made_by[o] if o is not None else frozenset() for o in graph.outputs], results)
+    _add_results(drafts, edges, [made_by[o] if o is not None else () for o in graph.outputs], results)
     return _picture(drafts, edges)
 
 
@@ -144,7 +145,7 @@ def kernels(planned: Planned, families: Mapping[int, str], results: Sequence[str
             if name in writer:
                 edges[writer[name], number] = _carried(plan, name, sizes)
         writer.update(dict.fromkeys(step.writes(), number))
-    made_by = [frozenset((writer[o],)) if o in writer else frozenset() for o in outputs]
+    made_by = [(writer[o],) if o in writer else () for o in outputs]
     _add_results(drafts, edges, made_by, results)
     return _picture(drafts, edges)
 
@@ -162,7 +163,7 @@ def _carried(plan: FusionPlan, name: str, sizes: Sizes) -> str:
 def _add_results(
     drafts: dict[Hashable, _Draft],
     edges: dict[tuple[Hashable, Hashable], str],
-    made_by: Sequence[frozenset[Hashable]],
+    made_by: Sequence[Sequence[Hashable]],
     names: Sequence[str],
 ) -> None:
     for place, (sources, name) in enumerate(zip(made_by, names, strict=True)):
