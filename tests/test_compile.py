@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fusewright
-from fusewright.errors import InvalidSetting, UnknownSetting
+from fusewright.errors import InvalidSetting, UnknownArch, UnknownSetting
 from fusewright.settings import Settings
 
 
@@ -83,6 +83,7 @@ def test_settings_reach_the_backend_and_the_rest_torch_compile(options: list[dic
         ({"library": "no"}, InvalidSetting, "'library' takes bool, not 'no'"),
         ({"schedules": True}, InvalidSetting, "'schedules' takes int"),
         ({"arch": 90}, InvalidSetting, "'arch' takes str | None"),
+        ({"arch": ""}, UnknownArch, "unknown architecture ''"),
         ({"simulate": True, "cuda_graphs": True}, InvalidSetting, "needs a GPU"),
     ],
     ids=str,

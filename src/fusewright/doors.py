@@ -25,7 +25,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, To
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.errors import CannotFuse, EagerFailure, FusewrightError
-from fusewright.fusion.plan import FusionPlan, Region, Step
+from fusewright.fusion.plan import Encode, Fallback, FusionPlan, Region, Step
 from fusewright.runtime.frozen import thaw
 from fusewright.settings import Settings
 
@@ -64,7 +64,7 @@ def linear(
     surrounding compiler fuses them. On the CPU Inductor compiles the call, or with `simulate` the simulator runs it.
 
     Raises CannotFuse, which names the operator, if the epilogue does not fit into the product's kernel; EagerFailure if
-    it fails in plain PyTorch, too; UnknownSetting, InvalidSetting, UnknownArch, MixedDevices.
+    the call fails in plain PyTorch, too; UnknownSetting, InvalidSetting, UnknownArch, MixedDevices.
     """
     epilogue = _as_it_is if epilogue is None else epilogue
     arguments = (x, weight, bias, epilogue, operands)
@@ -78,7 +78,7 @@ def linear(
         told = _told(error, arguments)
         if told is None:
             raise
-        raise told from None
+        raise told.with_traceback(None) from None
 
 
 def _as_it_is(y: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class _Effect(Exception):
 
 
 class _WithoutEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops before anything that a caller who goes on after the error could notice."""
+    """Stops before the state of tensors or generators changes: the caller may catch the error and go on."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._schema.is_mutable or torch.Tag.nondeterministic_seeded in function.tags:
@@ -232,29 +232,34 @@ def _no_product(x: Tensor, weight: Tensor) -> CannotFuse | None:
 
 def one_kernel(plan: FusionPlan, backward: bool) -> None:
     """Raises CannotFuse if something runs as ATen, or, but in a backward, in another kernel than the product's."""
-    for fallback in plan.fallbacks:
-        raise CannotFuse(_refusal(fallback.operators or [fallback.name], [fallback.reason]))
-    if backward:
-        return
     products = [r for r in plan.regions if r.gemm]
-    product = min(products, key=lambda r: min(r.origins), default=None)
-    if product is None:
+    product = min(products, key=lambda r: r.origins, default=None)  # the first that is called
+    apart: Sequence[Step] = plan.fallbacks
+    if product and not backward:
+        allowed = [product, *_operands(plan, product)]
+        apart = [s for s in plan.steps if s not in allowed]
+    if apart:
+        operators = [o for step in apart for o in step.operators] or [step.name for step in apart]
+        reasons = [s.reason for s in apart if isinstance(s, Fallback) and s.operators]
+        reasons += [r.reason for r in plan.refusals if set(r.operators) & set(operators)]
+        raise CannotFuse(_refusal(operators, reasons or [_AT_ITS_PLACE]))
+    if not (product or backward):
         raise CannotFuse(
             "the epilogue's results do not depend on the product; let them, or compute them without fusewright.linear"
         )
-    apart = [o for step in plan.steps if step not in (product, *_operands(plan, product)) for o in step.operators]
-    if apart:
-        reasons = [r.reason for r in plan.refusals if set(r.operators) & set(apart)]
-        raise CannotFuse(_refusal(apart, reasons or ["it takes a kernel of its own"]))
+
+
+_AT_ITS_PLACE = "the kernel computes results of the product's shape, each element from what lies at its place"
 
 
 def _operands(plan: FusionPlan, product: Region) -> list[Step]:
-    """The steps that make nothing but what the product multiplies: casts under autocast, copies, halves."""
+    """The steps that make what the product multiplies: casts under autocast, copies, halves (a backward's as well)."""
     assert product.gemm is not None
     wanted = {product.gemm.a.buffer, product.gemm.b.buffer, *(e.buffer for e in product.gemm.encoded or ())}
     made: list[Step] = []
     for step in reversed(plan.steps):
-        if wanted.issuperset(step.writes()) and step is not product:
+        makes = isinstance(step, Region) and step is not product and wanted.issuperset(step.writes())
+        if makes or isinstance(step, Encode):
             wanted.update(step.reads())
             made.append(step)
     return made
