@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fusewright
-from fusewright.errors import InvalidSetting, UnknownSetting
+from fusewright.errors import InvalidSetting, UnknownArch, UnknownSetting
 from fusewright.settings import Settings
 
 
@@ -84,6 +84,7 @@ def test_settings_reach_the_backend_and_the_rest_torch_compile(options: list[dic
         ({"schedules": True}, InvalidSetting, "'schedules' takes int"),
         ({"simulate": True, "schedules": 0}, InvalidSetting, "'schedules' takes 1 or more, not 0"),
         ({"arch": 90}, InvalidSetting, "'arch' takes str | None"),
+        ({"arch": ""}, UnknownArch, "unknown architecture ''"),
         ({"simulate": True, "cuda_graphs": True}, InvalidSetting, "needs a GPU"),
     ],
     ids=str,

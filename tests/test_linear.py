@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import fusewright
 from fusewright import compiler, doors
-from fusewright.errors import CannotFuse, InvalidSetting, UnknownSetting
+from fusewright.errors import CannotFuse, EagerFailure, InvalidSetting, UnknownSetting
 from fusewright.runtime.executable import Executable
 from graphs import gradients
 
@@ -100,18 +101,22 @@ def test_leading_dimensions_no_bias_and_no_epilogue() -> None:
         torch.testing.assert_close(simulated(x, weight), F.linear(x, weight), rtol=2e-5, atol=2e-5)
 
 
-def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs plans in torch, which needs no kernels: for tests of the door alone."""
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Executable]:
+    """Runs plans in torch, which needs no kernels: for tests of the door alone. Returns what is built, in order."""
     from fusewright.fusion import reference
+
+    made: list[Executable] = []
 
     class Planned(Executable):
         def __init__(self, plan: Any) -> None:
             self.plan = plan
+            made.append(self)
 
         def __call__(self, *arguments: Any) -> list[Any]:
             return reference.run(self.plan, arguments, widen=False)
 
     monkeypatch.setattr(compiler, "build", lambda graph, *_, **__: Planned(compiler.plan(graph)))
+    return made
 
 
 class Scale(nn.Module):
@@ -130,11 +135,28 @@ def multiplied(factor: float, y: Tensor) -> Tensor:
     return y * factor
 
 
+class Slotted:
+    """Has no weak references and no hash."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slotted) and self.factor == other.factor
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * self.factor
+
+
 EPILOGUES: dict[str, Callable[..., Any]] = {
     "module": nn.GELU(),
     "own module": Scale(3.0),
     "method": Scale(3.0).twice,
     "builtin": torch.tanh,
+    "method of a tensor": Tensor.relu,
+    "object": Slotted(3.0),
     "partial": functools.partial(multiplied, 0.5),
     "several results": lambda y: (y.relu(), y * 2),
     "view": lambda y: y.t(),
@@ -158,6 +180,70 @@ def test_layers_of_many_sizes_share_an_epilogue(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(simulated(x, weight, epilogue=F.relu), F.relu(F.linear(x, weight)))
 
 
+class Leaky(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.weight, self.slope = nn.Parameter(torch.randn(9, 9)), slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return simulated(x, self.weight, epilogue=lambda y: F.leaky_relu(y, self.slope))
+
+
+OTHER = torch.ones(5, 10)
+FUNCTIONS = [torch.relu, torch.tanh, torch.exp, torch.neg, torch.abs, torch.sin, torch.cos, torch.erf, F.silu, F.gelu]
+
+
+def test_an_epilogue_has_more_variations_than_dynamo_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = planned(monkeypatch)
+    x, weight, bias, r = tensors((5, 9), (10, 9), (10,), (5, 10))
+    tower = nn.Sequential(*(Leaky(0.1 * i) for i in range(12)))
+
+    def sweep() -> None:
+        for function in FUNCTIONS:
+            y = simulated(x, weight, epilogue=lambda y: function(y))  # noqa: B023
+            torch.testing.assert_close(y, function(F.linear(x, weight)))
+        for i in range(16):
+            for j, t in enumerate((x, weight, bias, r)):
+                t.requires_grad_(bool(i >> j & 1))
+            found = simulated(x, weight, bias, torch.add, (r,))
+            assert found.requires_grad == bool(i)
+        with torch.no_grad():
+            expected = x
+            for layer in tower:
+                expected = F.leaky_relu(F.linear(expected, layer.weight), layer.slope)
+            torch.testing.assert_close(tower(x), expected)
+
+    sweep()
+    count = len(built)
+    assert count >= 12 + len(FUNCTIONS) + 16
+    sweep()
+    assert len(built) == count
+
+
+def test_an_epilogue_begins_anew_when_dynamo_can_hold_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = planned(monkeypatch)
+    x, weight = torch.randn(5, 9), torch.randn(10, 9)
+    with torch._dynamo.config.patch(accumulated_recompile_limit=4):
+        for i in range(1, 11):
+            bound = 0.1 * i
+            found = simulated(x, weight, epilogue=lambda y: y.clamp(-bound, bound))  # noqa: B023
+            torch.testing.assert_close(found, F.linear(x, weight).clamp(-bound, bound))
+    assert len(built) == 10
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_numbers_that_scale_shift_and_compare_are_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = planned(monkeypatch)
+    x, weight = torch.randn(5, 9), torch.randn(10, 9)
+    for k in (0.5, 1.5, -2.5, 3.5):
+
+        def epilogue(y: Tensor) -> Tensor:
+            return torch.where(y > k, (y - k) * k, y / k + k)  # noqa: B023
+
+        torch.testing.assert_close(simulated(x, weight, epilogue=epilogue), epilogue(F.linear(x, weight)))
+    assert len(built) == 2
+
+
 @pytest.mark.parametrize(
     ("epilogue", "operator"),
     [
@@ -166,8 +252,13 @@ def test_layers_of_many_sizes_share_an_epilogue(monkeypatch: pytest.MonkeyPatch)
         (lambda y: y @ y.t(), "mm"),
         (lambda y: y.sum(), "sum"),
         (lambda y: y.mean(-1, keepdim=True) + y, "mean"),
+        (lambda y: y + OTHER.mean(), "mean"),
+        (lambda y: y * OTHER.sum(1, keepdim=True), "sum"),
+        (lambda y: (y.relu(), OTHER[0].exp()), "exp"),
+        (lambda y: y + F.linear(OTHER, torch.ones(10, 10)), "mm"),
+        (lambda y: y * y[0, 0].item(), "mul"),
     ],
-    ids=["cumsum", "softmax", "mm", "sum", "mean"],
+    ids=["cumsum", "softmax", "mm", "sum", "mean", "another's mean", "another's sum", "apart", "two products", "item"],
 )
 def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) -> None:
     x, weight = torch.randn(5, 9), torch.randn(10, 9)
@@ -178,6 +269,73 @@ def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) ->
 def test_an_epilogue_that_is_no_function_of_tensors_is_refused() -> None:
     with pytest.raises(CannotFuse, match="print"):
         simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: print(y) or y)
+
+
+def test_an_epilogue_without_the_product_is_refused() -> None:
+    with pytest.raises(CannotFuse, match="do not depend on the product"):
+        simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: OTHER.exp())
+
+
+def test_under_autocast_operands_are_cast_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = planned(monkeypatch)
+    x, weight, bias = tensors((5, 9), (10, 9), (10,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert simulated(x, weight, bias, torch.relu).dtype == torch.bfloat16
+    assert len(built[0].plan.regions) == 3
+
+
+X, WEIGHT = torch.randn(5, 9), torch.randn(10, 9)
+FAILING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no function": ((X, WEIGHT, None, "relu"), "'str' object is not callable"),
+    "no tensor": (([1, 2], WEIGHT), "must be Tensor, not list"),
+    "weight": ((X, torch.ones(10, 8)), r"shapes cannot be multiplied \(5x9 and 8x10\)"),
+    "bias": ((X, WEIGHT, torch.ones(9)), r"must match the existing size \(9\)"),
+    "operand": ((X, WEIGHT, None, torch.add, (torch.ones(5, 9),)), "must match the size of tensor b"),
+    "no dimensions": ((torch.tensor(1.0), WEIGHT), "at least 1D"),
+    "dtypes": ((X.double(), WEIGHT), "same dtype"),
+    "raises": ((X, WEIGHT, None, lambda y: y * (1 / 0)), r"\(.*test_linear.py:\d+\): ZeroDivisionError"),
+    "no attribute": ((X, WEIGHT, None, lambda y: y.nope()), "no attribute 'nope'"),
+    "arity": ((X, WEIGHT, None, lambda y, r: y + r), "missing 1 required positional argument: 'r'"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_what_fails_in_eager_mode_says_how_in_one_error(name: str) -> None:
+    arguments, says = FAILING[name]
+    logged: list[logging.LogRecord] = []
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        with pytest.raises(EagerFailure, match=says):
+            simulated(*arguments)
+    finally:
+        log.removeHandler(handler)
+    assert not logged
+
+
+def test_a_failing_epilogue_is_not_run_for_its_effects() -> None:
+    total, state = torch.zeros(10), torch.get_rng_state()
+    for epilogue in (lambda y: (total.add_(1) + y).cumsum(0), lambda y: (torch.rand_like(y) + y).cumsum(0)):
+        with pytest.raises(CannotFuse):
+            simulated(X, WEIGHT, epilogue=epilogue)
+    assert not total.any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "says"),
+    [
+        (X, WEIGHT[0], r"x float32 \[5, 9\] and weight float32 \[9\]"),
+        (X.int(), WEIGHT.int(), "weight int32"),
+        (X.to(torch.complex64), WEIGHT.to(torch.complex64), "weight complex64"),
+    ],
+    ids=["vector", "integers", "complex"],
+)
+def test_operands_that_no_kernel_multiplies_are_named(x: Tensor, weight: Tensor, says: str) -> None:
+    with pytest.raises(CannotFuse, match=f"no kernel multiplies .*{says}.* float32, float64"):
+        simulated(x, weight, epilogue=lambda y: y * 2)
 
 
 def test_settings_are_checked() -> None:

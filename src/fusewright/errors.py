@@ -20,7 +20,7 @@ class ModelFileError(FusewrightError):
 
 
 class EagerFailure(FusewrightError):
-    """The model already fails in eager mode; its own error is shown."""
+    """What is to be compiled already fails in eager mode; its own error is shown."""
 
 
 class MixedDevices(FusewrightError):
@@ -44,7 +44,7 @@ class UnsupportedDtype(FusewrightError):
 
 
 class UnknownArch(FusewrightError):
-    """`--arch` names no chip that fusewright knows."""
+    """`arch` names no chip that fusewright knows."""
 
 
 class UnknownSetting(FusewrightError):
@@ -56,7 +56,7 @@ class InvalidSetting(FusewrightError):
 
 
 class CannotFuse(FusewrightError):
-    """An epilogue holds an operator that does not fit into its product's kernel."""
+    """An epilogue holds an operator that does not fit into its product's kernel, or the product has none."""
 
 
 class CannotReplay(FusewrightError):

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fusewright.chip import chip_for
 from fusewright.errors import InvalidSetting, UnknownSetting
 from fusewright.tuned import parse
 
@@ -43,8 +44,8 @@ class Settings:
     def of(cls, options: Mapping[str, Any] | None, also: Sequence[str] = ()) -> Settings:
         """Builds settings from a user's mapping. also: what else may be named where the user names settings.
 
-        Raises UnknownSetting for a name that is not one of ours, InvalidSetting for a value of another type or form and
-        for settings that exclude each other.
+        Raises UnknownSetting for a name that is not one of ours, UnknownArch for a chip that we do not know,
+        InvalidSetting for a value of another type or form and for settings that exclude each other.
         """
         types = get_type_hints(cls)
         for name, value in (options or {}).items():
@@ -58,6 +59,8 @@ class Settings:
             raise InvalidSetting(f"setting 'schedules' takes 1 or more, not {settings.schedules}")
         if settings.simulate and settings.cuda_graphs:
             raise InvalidSetting("cuda_graphs needs a GPU, and simulate runs on the CPU; set one of them")
+        if settings.arch is not None:
+            chip_for(settings.arch)
         parse(settings.tuned or "")
         return settings
 

@@ -48,8 +48,8 @@ def fusewright(
 ) -> Callable[..., Any]:
     """The Dynamo backend. options: the fields of `Settings`. check: sees each plan, and whether it is a backward's.
 
-    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, InvalidSetting, MixedDevices, and
-    FrozenGradients where `freeze` is set and gradients are asked for.
+    CPU tensors go to Inductor unless `simulate` is set. Raises UnknownSetting, InvalidSetting, UnknownArch,
+    MixedDevices, and FrozenGradients where `freeze` is set and gradients are asked for.
     """
     settings = Settings.of(options)
     devices = {t.device for t in _tensors(module, example_inputs) if t.dim() or t.device.type != "cpu"}

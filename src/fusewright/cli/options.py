@@ -77,9 +77,9 @@ def chip(arch: str | None) -> Chip:
     """The chip that the user names, or the GPU here, or the default. Raises UnknownArch."""
     import torch
 
-    if arch is None and torch.cuda.is_available():
-        return chip_for(arch_of(torch.cuda.get_device_capability()))
-    return chip_for(arch or DEFAULT_ARCH)
+    if arch is not None:
+        return chip_for(arch)
+    return chip_for(arch_of(torch.cuda.get_device_capability()) if torch.cuda.is_available() else DEFAULT_ARCH)
 
 
 def dtype(name: str | None) -> torch.dtype | None:
