@@ -33,9 +33,9 @@ extern "C" __global__ void kernel(const T* x, T* wide, T* narrow, T* past, int64
 
 
 def bits_source(vector: int) -> str:
-    """Each lane copies V bits of one row."""
+    """Each lane copies V bits of one row; and reads every third bit from the fifth on."""
     return f"""#include "vector.cuh"
-extern "C" __global__ void kernel(const uint8_t* x, uint8_t* y, uint8_t* bools, int64_t count) {{
+extern "C" __global__ void kernel(const uint8_t* x, uint8_t* y, uint8_t* bools, uint8_t* thirds, int64_t count) {{
     constexpr int V = {vector};
     const int64_t n = int64_t(threadIdx.x) * V;
     bool values[V];
@@ -43,6 +43,8 @@ extern "C" __global__ void kernel(const uint8_t* x, uint8_t* y, uint8_t* bools, 
     for (int i = 0; i < V; ++i) bools[n + i] = values[i];
     for (int i = 0; i < V; ++i) values[i] = n + i < count ? values[i] : true;
     fusewright::store_bits(y, n, values, int(count - n));
+    fusewright::load_bits(values, x, 5 + 3 * n, 3, int(count - n));
+    for (int i = 0; i < V; ++i) thirds[n + i] = values[i];
 }}
 """
 
@@ -53,7 +55,7 @@ def copies(element: str, vector: int) -> LaunchSpec:
 
 
 def bits(vector: int) -> LaunchSpec:
-    written = (BufferArg(name, torch.uint8, written=True) for name in ("y", "bools"))
+    written = (BufferArg(name, torch.uint8, written=True) for name in ("y", "bools", "thirds"))
     return launch_of(bits_source(vector), 32, BufferArg("x", torch.uint8), *written, SizeArg(0))
 
 
@@ -87,10 +89,14 @@ def test_bits(vector: int, device: str) -> None:
         x = torch.randint(256, (total // 8,), device=device, dtype=torch.uint8)
         y = torch.full((total // 8 + 8,), 0xA5, device=device, dtype=torch.uint8)
         bools = torch.full((total,), 7, device=device, dtype=torch.uint8)
-        KERNELS.run(bits(vector), (1,), x, y, bools, count)
+        thirds = torch.full((total,), 7, device=device, dtype=torch.uint8)
+        padded = torch.cat([x, torch.randint(256, (2 * total // 8 + 1,), device=device, dtype=torch.uint8)])
+        KERNELS.run(bits(vector), (1,), padded, y, bools, thirds, count)
         expected = (x[:, None] >> torch.arange(8, device=device) & 1).flatten().to(torch.uint8)
         expected[count:] = 0
         assert torch.equal(bools, expected)
+        every = (padded[:, None] >> torch.arange(8, device=device) & 1).flatten()
+        assert torch.equal(thirds[:count], every[5::3][:count]) and not thirds[count:].any()
         written = -(-count // 8)
         assert (y[written:] == 0xA5).all()
         assert torch.equal(

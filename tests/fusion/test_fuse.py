@@ -133,6 +133,60 @@ def test_any_pointwise_dag_after_a_linear_is_one_kernel(
     assert record.plans[0].refusals == ()
 
 
+# Of a linear's result [..., n], n even: each keeps every element once.
+VIEWS: dict[str, Function] = {
+    "t": lambda v: v.flatten(0, -2).t(),
+    "transpose": lambda v: v.transpose(0, -1),
+    "columns": lambda v: v.view(*v.shape[:-1], 2, -1),
+    "columns and rows": lambda v: v.view(1, -1, 2, v.shape[-1] // 2),
+    "heads": lambda v: v.view(*v.shape[:-1], 2, -1).transpose(-2, -3),
+    "turned heads": lambda v: v.view(*v.shape[:-1], -1, 2).transpose(-1, 0),
+    "there and back": lambda v: v.view(*v.shape[:-1], 2, -1).transpose(-2, -3).transpose(-2, -3).flatten(-2),
+}
+
+
+def viewed(program: tuple[Function, int], view: str) -> Function:
+    """A DAG that follows the view of a linear's result, and reads its other operands through that view too."""
+    apply, count = program
+
+    def model(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, s: torch.Tensor, *rest: torch.Tensor) -> Any:
+        y = F.linear(x, w, b)
+        return tuple(apply(VIEWS[view](y), s, *(VIEWS[view](r.expand_as(y)) for r in rest))[-count:])
+
+    return model
+
+
+@SETTINGS
+@given(
+    program=programs(),
+    lead=st.sampled_from([(5,), (2, 3), (1,)]),
+    n=st.sampled_from([6, 10, 16, 2]),
+    view=st.sampled_from(list(VIEWS)),
+    gradients=st.booleans(),
+)
+def test_a_pointwise_dag_after_a_view_of_a_linear_is_one_kernel(
+    program: tuple[Function, int], lead: tuple[int, ...], n: int, view: str, gradients: bool
+) -> None:
+    inputs = [leaf(*lead, 7), leaf(n, 7), leaf(n), *operands(lead, n)]
+    with torch.set_grad_enabled(gradients):
+        record = check(viewed(program, view), *inputs)
+    assert kernels(record)[0] == ["gemm"]
+    assert record.plans[0].refusals == ()
+    for backward in kernels(record)[1:]:
+        assert sum(k == "gemm" for k in backward) == 2
+        assert set(backward) <= {"gemm", "pointwise", "sum"}
+
+
+@pytest.mark.parametrize("activation", [torch.relu, F.gelu, lambda x: F.leaky_relu(x, -0.1) * 2])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("lead", [(5,), (3, 4)])
+def test_an_activation_of_a_view_is_one_kernel_forward_and_three_backward(
+    activation: Function, view: str, lead: tuple[int, ...]
+) -> None:
+    record = check(lambda x, w, b: activation(VIEWS[view](F.linear(x, w, b))), leaf(*lead, 12), leaf(24, 12), leaf(24))
+    assert kernels(record) == [["gemm"], ["sum", "gemm", "gemm"]]
+
+
 @SETTINGS
 @given(program=programs(), lead=st.sampled_from([(5,), (2, 3)]), n=st.sampled_from([6, 8]))
 def test_gradients_of_random_dags(program: tuple[Function, int], lead: tuple[int, ...], n: int) -> None:
@@ -247,8 +301,62 @@ MODELS: dict[str, tuple[Function, list[tuple[int, ...]], list[str], list[str]]] 
     "columns cut in two": (
         lambda x, w, s: F.linear(x, w).view(6, 4, 5) * s,
         [(6, 12), (20, 12), (4, 5)],
+        ["gemm"],
+        ["sum", "gemm", "gemm"],
+    ),
+    "a factor for each part of the columns": (
+        lambda x, w, s: torch.relu(F.linear(x, w).view(6, 4, 5) * s),
+        [(6, 12), (20, 12), (4, 1)],
         ["gemm", "pointwise"],
         ["sum", "gemm", "gemm"],
+    ),
+    "a mask of parts of the columns": (
+        lambda x, w, s: torch.relu(F.linear(x, w).view(6, 4, 5) * s.detach()),
+        [(6, 12), (20, 12), (4, 1)],
+        ["gemm", "pointwise", "pointwise"],
+        ["pointwise", "gemm", "gemm"],
+    ),
+    "a mask of turned parts of the columns": (
+        lambda x, w, s: (F.linear(x, w).view(6, 4, 5).transpose(1, 2) * s.detach()).contiguous().relu(),
+        [(6, 12), (20, 12), (4,)],
+        ["gemm", "pointwise"],
+        ["pointwise", "gemm", "gemm"],
+    ),
+    "a mask of a sum laid out in another way": (
+        lambda x, w, y: torch.relu(y + F.linear(x, w).view(3, 2, 4, 5).transpose(1, 2)),
+        [(6, 12), (20, 12), (3, 4, 2, 5)],
+        ["gemm", "pointwise"],
+        ["pointwise", "pointwise", "gemm", "gemm"],
+    ),
+    "summed within parts of the columns": (
+        lambda x, w, b: torch.relu(F.linear(x, w, b).view(6, 2, 12)).sum(-1),
+        [(6, 12), (24, 12), (24,)],
+        ["gemm", "sum"],
+        ["pointwise", "sum", "gemm", "gemm"],
+    ),
+    "a mask of one column": (
+        lambda x, w: torch.relu(F.linear(x, w)[:, 1:2]),
+        [(6, 12), (20, 12)],
+        ["gemm", "pointwise"],
+        None,
+    ),
+    "a mask of one column, and sums": (
+        lambda x, w, v: (lambda h: (F.linear(h, v), h.sum(0), h.sum(2)))(torch.relu(F.linear(x, w)[..., 1:2])),
+        [(3, 6, 12), (20, 12), (5, 1)],
+        None,
+        None,
+    ),
+    "sums of views in other orders": (
+        lambda x, y: (lambda h: (h, h.t().sum(0), h.t().sum(1), h.view(2, 3, 12).transpose(0, 2).sum((1, 2))))(x * y),
+        [(6, 12), (6, 12)],
+        None,
+        ["pointwise"],
+    ),
+    "laid out anew": (
+        lambda x, w, b: torch.relu(F.linear(x, w, b).view(2, 3, 4, 5).transpose(1, 2).contiguous()),
+        [(6, 12), (20, 12), (20,)],
+        ["gemm", "pointwise"],
+        ["pointwise", "sum", "gemm", "gemm"],
     ),
     "product beside its transpose": (
         lambda x, w: F.linear(x, w) + F.linear(x, w).t(),
@@ -297,7 +405,9 @@ def test_model(name: str) -> None:
         assert sorted(found[1]) == sorted(backward)
 
 
-@pytest.mark.parametrize("name", ["columns cut in two", "slice of a product", "batched product", "mean"])
+@pytest.mark.parametrize(
+    "name", ["a factor for each part of the columns", "slice of a product", "batched product", "mean"]
+)
 def test_what_is_left_apart_says_why(name: str) -> None:
     function, shapes, *_ = MODELS[name]
     plan = check(function, *(leaf(*s) for s in shapes)).plans[0]

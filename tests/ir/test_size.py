@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
-from fusewright.ir.size import TYPICAL_SIZE, SizeSymbol, evaluate, evaluate_typical
+from fusewright.ir.size import TYPICAL_SIZE, SizeSymbol, evaluate, evaluate_typical, same
 
 ASSUMPTIONS = {"integer": True, "positive": True}
 
@@ -29,3 +30,10 @@ def test_symbols_of_one_name_keep_their_own_values() -> None:
 def test_a_copy_knows_the_value() -> None:
     copied = pickle.loads(pickle.dumps(SizeSymbol("s0", 16, **ASSUMPTIONS) + 1))
     assert evaluate_typical(copied) == 17
+
+
+def test_a_floor_division_without_a_remainder_is_a_quotient() -> None:
+    """As torch writes the rows of x[n, n, k]: n² // n of each n."""
+    n, k = (SizeSymbol(name, 16, **ASSUMPTIONS) for name in ("n", "k"))
+    assert same(12 * n * FloorDiv(n**2, n), 12 * n**2)
+    assert not same(n * FloorDiv(k, n), k)

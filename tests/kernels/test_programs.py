@@ -45,6 +45,11 @@ def plain(x: torch.Tensor, y: torch.Tensor) -> Any:
     return F.elu(x * torch.sigmoid(y)).t() + torch.pow(x.abs(), 1.7).t(), torch.remainder(x, 0.7), x > y
 
 
+def masked(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> Any:
+    """The mask of a sum that is laid out in another way than the product."""
+    return torch.relu(y + F.linear(x, w, b).t()), torch.relu(F.linear(x, w, b).view(-1, 2, 12).transpose(0, 1))
+
+
 CASES: dict[str, Callable[[], list[FusionPlan]]] = {
     **{
         f"headline {str(d).removeprefix('torch.')}": lambda d=d: plans_of(
@@ -53,6 +58,7 @@ CASES: dict[str, Callable[[], list[FusionPlan]]] = {
         for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     },
     "gated": lambda: plans_of(gated, leaf(33, 40), leaf(24, 40), leaf(24, 40), leaf(33, 1)),
+    "masked": lambda: plans_of(masked, leaf(33, 40), leaf(24, 40), leaf(24), leaf(24, 33)),
     "plain": lambda: plans_of(plain, leaf(33, 40), leaf(33, 40)),
 }
 

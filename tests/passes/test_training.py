@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import aot_function, make_boxed_func
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.fusion.plan import View
@@ -49,6 +51,33 @@ def test_a_piecewise_linear_activation_keeps_one_bit_an_element(name: str) -> No
     inputs = leaf(M, K), leaf(N, K), leaf(N)
     record = check(lambda x, w, b: function(F.linear(x, w, b) * 1.5) * 2, *inputs, tolerance=SIXTH)
     assert [(b.dtype, b.shape) for b in saved(record)] == [(torch.uint8, (M, N // 8))]
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "t": lambda v: v.t(),
+    "columns": lambda v: v.view(M, -1, 5),
+    "rows": lambda v: v.view(2, -1, N),
+    "heads": lambda v: v.view(2, M // 2, -1, 5).transpose(1, 2),
+    "turned": lambda v: v.view(M, -1, 10).permute(2, 0, 1),
+}
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    activation=st.sampled_from(["relu", "leaky_relu", "hardtanh", "relu6", "threshold"]),
+    before=st.sampled_from([lambda v: v, lambda v: v * 1.5]),
+    view=st.sampled_from(list(VIEWS)),
+    after=st.sampled_from([lambda v: v, torch.neg, lambda v: v.transpose(0, -1) * 2]),
+)
+def test_the_mask_of_a_view_lies_as_the_product_does(
+    activation: str, before: Callable[..., Any], view: str, after: Callable[..., Any]
+) -> None:
+    """Wherever the view is, the product's kernel packs whole bytes: one bit an element."""
+    function = ACTIVATIONS[activation]
+    inputs = leaf(M, K), leaf(N, K), leaf(N)
+    record = check(lambda x, w, b: after(function(VIEWS[view](before(F.linear(x, w, b))))), *inputs)
+    assert [(b.dtype, b.shape) for b in saved(record)] == [(torch.uint8, (M, N // 8))]
+    assert len(record.plans[0].steps) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

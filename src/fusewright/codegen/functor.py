@@ -113,9 +113,8 @@ class _Printer:
 
     def pointer(self, access: Access, written: bool) -> str:
         """The parameter through which `access` reads or writes."""
-        offset = access.offset
-        if access.bits and not isinstance(offset, int):
-            raise AssertionError("a packed mask is read from its first bit on")
+        offset = access.offset if not access.bits else divides(8, access.offset) if access.in_bytes else 0
+        assert offset is not None
         key = (access.buffer, f"{offset}{written}")
         if key not in self.parameters:
             alignment = 1
@@ -125,8 +124,7 @@ class _Printer:
             const = "" if written else "const "
             taken = {p.name for p in self.parameters.values()}
             name = access.buffer if access.buffer not in taken else f"{access.buffer}_{len(taken)}"
-            start = offset // 8 if access.bits else offset
-            arg = BufferArg(access.buffer, access.dtype, start, written, alignment)
+            arg = BufferArg(access.buffer, access.dtype, offset, written, alignment)
             self.parameters[key] = Parameter(f"{const}{C_TYPES[access.dtype]}* __restrict__ ", name, arg)
         found = self.parameters[key]
         if self.vectorised(access):
@@ -172,12 +170,12 @@ class _Printer:
 
     def row(self, access: Access) -> str:
         """The offset of row m as `name + …`, without the column."""
-        scale = 8 if access.bits else 1
+        scale = 8 if access.bits and access.in_bytes else 1
         terms = []
         for axis, stride in enumerate(access.strides[:-1]):
             index = "m" if len(self.region.rows) == 1 else f"m{axis}"
             step = divides(scale, stride)
-            assert step is not None, "a row of a packed mask starts at a whole byte"
+            assert step is not None
             if step != 0:
                 terms.append(index if step == 1 else f"{index} * {self.size(step)}")
         return "".join(f" + {t}" for t in terms)
@@ -219,11 +217,14 @@ class _Printer:
         name = f"{access.buffer}_v"
         if name in {n.removesuffix("[i]") for n in self.names.values()}:
             name = f"{name}{index}"
-        row = self.pointer(access, written=False) + self.row(access)
         type = C_TYPES[expression.dtype]
         column = access.strides[-1]
-        if access.bits and column != 1:
-            raise AssertionError("a packed mask is read along its last dimension")
+        if access.bits and not access.in_bytes:
+            self.names[expression] = f"{name}[i]"
+            bit = f"{self.size(access.offset)}{self.row(access)} + n * {self.size(column)}"
+            mask = self.pointer(access, written=False)
+            return [f"{type} {name}[V];", f"fusewright::load_bits({name}, {mask}, {bit}, {self.size(column)}, count);"]
+        row = self.pointer(access, written=False) + self.row(access)
         if column == 0:
             self.names[expression] = name
             return [f"const {type} {name} = count > 0 ? *({row}) : {type}(0);"]

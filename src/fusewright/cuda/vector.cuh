@@ -91,6 +91,16 @@ template <int V> __device__ __forceinline__ void load_bits(bool (&dst)[V], const
     for (int i = 0; i < V; ++i) dst[i] = i < count && (bits >> i & 1);
 }
 
+// The same of a mask that is read in any order: column i of the thread is bit `bit + i * stride` of the whole mask.
+template <int V>
+__device__ __forceinline__ void load_bits(bool (&dst)[V], const uint8_t* mask, int64_t bit, int64_t stride, int count) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        const int64_t at = bit + i * stride;
+        dst[i] = i < count && (mask[at / 8] >> at % 8 & 1);
+    }
+}
+
 // All lanes of a warp call this together. Where V < 8, the columns of a byte belong to 8 / V neighbouring lanes of one
 // row, in order; they combine their bits by shuffles, and the first of them writes. Bits past `count` are written as 0.
 template <int V>

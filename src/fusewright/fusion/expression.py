@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusewright.ir.size import Size
+from fusewright.ir.size import Size, divides, same
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Access:
     strides: tuple[Size, ...]
     offset: Size = 0
     bits: bool = False
+
+    @property
+    def in_bytes(self) -> bool:
+        """Of a packed mask: whether columns are consecutive bits, and those of each row begin with a byte."""
+        starts = (self.offset, *self.strides[:-1])
+        return same(self.strides[-1], 1) and all(divides(8, s) is not None for s in starts)
 
 
 # Expressions are compared by identity: equal subexpressions of one region are one object.

@@ -9,9 +9,9 @@ from typing import Any
 
 from fusewright.fusion.levels import Decisions, Levels
 from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Refusal, Step, View
-from fusewright.fusion.regions import RegionBuilder, Retry
+from fusewright.fusion.regions import RegionBuilder, Retry, anchor
 from fusewright.ir.graph import Graph, Node, Origin, Output, base_of, contiguous
-from fusewright.ir.size import Size, evaluate_typical, same
+from fusewright.ir.size import Size, same
 
 _LONGEST_NAME = 60
 
@@ -61,7 +61,7 @@ class _Planner:
     def buffer(self, node: Node) -> Buffer:
         t = node.tensor
         name = self.input_names.get(node) or self.buffer_name(node)
-        dense = node.op in ("input", "aten", "item") or _is_dense(t.shape, t.stride)
+        dense = node.op in ("input", "aten", "item") or t.dense
         stride = (
             t.stride if dense and node not in self.decisions.copied else contiguous(t.shape, t.dtype, t.device).stride
         )
@@ -154,10 +154,11 @@ class _Planner:
         groups: dict[tuple[Any, ...], list[Node]] = {}
         summed: dict[tuple[Size, ...], Any] = {}
         for sink in sinks:
-            shape = sink.inputs[0].tensor.shape if sink.op in ("sum", "pack_bits") else sink.tensor.shape
-            wide = tuple(s for s in shape if not same(s, 1))
-            dims = tuple(d for d in sink.attribute("dims") if not same(shape[d], 1)) if sink.op == "sum" else ()
-            sums = (dims, sink.tensor.dtype) if sink.op == "sum" else ()
+            wide = tuple(s for s in anchor(sink)[0].tensor.shape if not same(s, 1))
+            sums: tuple[Any, ...] = ()
+            if sink.op == "sum":
+                shape = sink.inputs[0].tensor.shape
+                sums = (tuple(d for d in sink.attribute("dims") if not same(shape[d], 1)), sink.tensor.dtype)
             apart = bool(sums) and summed.setdefault(wide, sums) != sums
             groups.setdefault((wide, sums if apart else ()), []).append(sink)
         return [self.regions.pointwise_region(shape, group, self.name) for (shape, _), group in groups.items()]
@@ -207,20 +208,10 @@ class _Planner:
         raise Retry
 
     def refusals(self) -> list[Refusal]:
-        reasons = [*self.levels.refusals, *self.decisions.left.items(), *self.decisions.copied.items()]
+        alone = [(n, why) for n, why in self.decisions.alone.items() if n not in self.decisions.left]
+        decided = [*self.decisions.left.items(), *self.decisions.copied.items(), *alone]
         found = []
-        for node, reason in reasons:
+        for node, reason in [*self.levels.refusals, *decided]:
             origins = self.graph.origins.get(node) or self.graph.origins.get(self.levels.base(node), frozenset())
             found.append(Refusal(tuple(o.name for o in sorted(origins)) or (node.op,), reason))
         return found
-
-
-def _is_dense(shape: Sequence[Size], stride: Sequence[Size]) -> bool:
-    """Whether strides are those of some order of the dimensions, without gaps or overlap."""
-    expected: Size = 1
-    dims = [(s, n) for s, n in zip(stride, shape, strict=True) if not same(n, 1)]
-    for s, n in sorted(dims, key=lambda d: evaluate_typical(d[0])):
-        if not same(s, expected):
-            return False
-        expected = expected * n
-    return True

@@ -121,6 +121,13 @@ def result_map(view: Node, dims: Map, space: Space) -> Map:
     raise NotAffine(f"the {view.op} of a matrix product does not keep each element once")
 
 
+def result_maps(views: Sequence[Node], dims: Map, space: Space) -> Map:
+    """The map of the last of a chain of views, given that of what the first one reads."""
+    for view in views:
+        dims = result_map(view, dims, space)
+    return dims
+
+
 def regroup(dims: Map, old: Sequence[Size], new: Sequence[Size], space: Space) -> Map:
     """The map of a reshaped value: the same axes, in the same order, dealt out to dimensions of other sizes."""
     flat: list[int] = []

@@ -52,11 +52,15 @@ class Decisions:
 
     left: nodes that run by their reference, and why. copied: views that get memory of their own.
     apart: pointwise nodes that get memory, and whose readers start a kernel of their own, and why.
+    alone: sums and packed masks that get a kernel of their own, which reads its operand from memory, and why.
+    whole: products whose columns no view may split.
     """
 
     left: dict[Node, str] = field(default_factory=dict)
     copied: dict[Node, str] = field(default_factory=dict)
     apart: dict[Node, str] = field(default_factory=dict)
+    alone: dict[Node, str] = field(default_factory=dict)
+    whole: set[Node] = field(default_factory=set)
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Epilogue:
 
     product: Node
     space: Space
+    whole: bool
     members: list[Node] = field(default_factory=list)
     maps: dict[Node, Map] = field(default_factory=dict)
 
@@ -84,8 +89,8 @@ class Epilogue:
                 return
 
     def splits(self, need: NeedsSplit) -> bool:
-        """Builds the space again with an axis split; False if it is that of N, a thread's consecutive columns."""
-        if need.axis == 1:
+        """Builds the space again with an axis split; False if it is that of N, and the columns have to stay whole."""
+        if need.axis == 1 and self.whole:
             return False
         self.space = self.space.split(need.axis, need.outer, need.inner)
         self.maps = {self.product: self.space.identity()}
@@ -162,7 +167,7 @@ class Levels:
             for source in node.inputs:
                 self.materialise(source)
             level = self._fresh()
-            self.epilogues[level] = Epilogue(node, Space.of(node.tensor.shape))
+            self.epilogues[level] = Epilogue(node, Space.of(node.tensor.shape), node in self.decisions.whole)
             return level
         if node.op in ("sum", "pack_bits"):
             return self._place_sink(node)
@@ -179,7 +184,7 @@ class Levels:
             self.refusals.append((node, "a sum over the rows of a product reads the product from memory"))
             self.materialise(source)
             self.home[node] = self._fresh()
-        elif self._detached(source):
+        elif node in self.decisions.alone or self._detached(source):
             self.materialise(source)
             self.home[node] = self._fresh()
         self.materialised.add(node)

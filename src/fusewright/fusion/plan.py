@@ -77,8 +77,8 @@ class Region:
     """One fused computation over rows × columns.
 
     rows: sizes of the row axes, outermost first (none: a single row). columns: size of the column axis. Accesses have
-    one stride for each row axis and one for the columns. sinks: stores and column sums. origins: the operators of the
-    user's model that it computes.
+    one stride for each row axis and one for the columns. sinks: stores and column sums; a mask is packed in whole
+    bytes, and read in any order. origins: the operators of the user's model that it computes.
     """
 
     name: str
@@ -87,6 +87,9 @@ class Region:
     sinks: tuple[Sink, ...]
     origins: tuple[Origin, ...]
     gemm: Gemm | None = None
+
+    def __post_init__(self) -> None:
+        assert all(s.access.in_bytes for s in self.stores if s.access.bits), "a mask is not packed in whole bytes"
 
     def accesses(self) -> Iterator[Access]:
         for expression in walk(s.value for s in self.sinks):

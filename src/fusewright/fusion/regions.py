@@ -17,7 +17,17 @@ from fusewright.fusion.expression import (
     Sink,
     Store,
 )
-from fusewright.fusion.index import Dim, Map, NeedsSplit, NotAffine, Space, axis_strides, source_map, with_splits
+from fusewright.fusion.index import (
+    Dim,
+    Map,
+    NeedsSplit,
+    NotAffine,
+    Space,
+    axis_strides,
+    result_maps,
+    source_map,
+    with_splits,
+)
 from fusewright.fusion.levels import Decisions, Epilogue, Levels
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Gemm, Matrix, Region, View
 from fusewright.ir.encoding import Halves
@@ -32,6 +42,21 @@ _LONGEST_SUM = 1 << 16
 
 class Retry(Exception):
     """A decision was added; the plan has to be made again."""
+
+
+def anchor(sink: Node) -> tuple[Node, list[Node]]:
+    """The node whose elements a kernel of `sink` runs over, and the views from there to what it sums or packs."""
+    if sink.op not in ("sum", "pack_bits"):
+        return sink, []
+    node, views = sink.inputs[0], list[Node]()
+    while node.op in ("reshape", "permute"):
+        views.insert(0, node)
+        node = node.inputs[0]
+    try:
+        with_splits(node.tensor.shape, lambda space: result_maps(views, space.identity(), space))
+    except NotAffine:
+        return sink.inputs[0], []
+    return node, views
 
 
 # Turns (stride of each axis, offset, in bits) into an access of the finished region.
@@ -102,10 +127,11 @@ class RegionBuilder:
         return with_splits(shape, build)
 
     def _sink_map(self, sink: Node, space: Space) -> Map:
-        """Sinks of one region have one shape but for dimensions of size 1."""
-        shape = sink.inputs[0].tensor.shape if sink.op in ("sum", "pack_bits") else sink.tensor.shape
+        """Sinks of one region have one shape, dimensions of size 1 and the views of sums and masks aside."""
+        base, views = anchor(sink)
         wide = [d for d, s in zip(space.identity(), space.sizes, strict=False) if not same(s, 1)]
-        return tuple(Dim() if same(s, 1) else wide.pop(0) for s in shape)
+        dims = tuple(Dim() if same(s, 1) else wide.pop(0) for s in base.tensor.shape)
+        return result_maps(views, dims, space)
 
     def _axis_order(self, space: Space, placed: Sequence[tuple[Node, Map]]) -> list[list[int]]:
         """Axes outermost first as the main store lays them out; with column sums the summed axes come first."""
@@ -120,12 +146,30 @@ class RegionBuilder:
         order = sorted(space.axes(), key=lambda a: -strides[a])
         sums = [(s, m) for s, m in placed if s.op == "sum"]
         if not sums:
-            return [order]
+            # Of a mask of one column each row is a byte.
+            return [order, []] if main[0].op == "pack_bits" and not main[1][-1].axes else [order]
         summed = {frozenset(a for d in s.attribute("dims") for a in m[d].axes) for s, m in sums}
         if len(summed) != 1:
-            raise self._leave([s for s, _ in sums][1:], "sums of one kernel run over the same dimensions")
+            raise self._alone([s for s, _ in sums][1:], "sums of one kernel run over the same dimensions")
         rows = next(iter(summed))
         return [[a for a in order if a in rows], [a for a in order if a not in rows]]
+
+    def _alone(self, nodes: Sequence[Node], reason: str) -> Retry:
+        """Sinks get a kernel of their own; those that have one run as ATen."""
+        shared = [n for n in nodes if n not in self.decisions.alone]
+        if not shared:
+            return self._leave(nodes, reason)
+        self.decisions.alone.update(dict.fromkeys(shared, reason))
+        return Retry()
+
+    def _apart(self, masks: Sequence[Node], reason: str) -> Retry:
+        """Masks are packed by a kernel of their own, which in the end reads them as they are to be packed."""
+        for node in masks:
+            if node in self.decisions.alone:
+                self.decisions.copied[node.inputs[0]] = reason
+            else:
+                self.decisions.alone[node] = reason
+        return Retry()
 
     def _leave(self, nodes: Sequence[Node], reason: str) -> Retry:
         self.decisions.left.update(dict.fromkeys(nodes, reason))
@@ -146,8 +190,11 @@ class RegionBuilder:
         sums = [s for s, _ in placed if s.op == "sum"]
         if len(groups) == 2:  # rows, columns
             rows, columns = groups
+            if len(columns) > 1 and product_node is not None:
+                self.decisions.whole.add(product_node)
+                raise Retry
             if len(columns) > 1:
-                raise self._leave(sums, "sums onto dimensions that are not one run of memory")
+                raise self._alone(sums, "sums onto dimensions that are not one run of memory")
         else:
             rows, columns = groups[0][:-1], groups[0][-1:]
         if sums and not columns and evaluate_typical(product(space.sizes[a] for g in rows for a in g)) > _LONGEST_SUM:
@@ -165,6 +212,9 @@ class RegionBuilder:
     ) -> Region:
         expressions = _Expressions(self, space, placed, product_node, layout.access)
         sinks = expressions.sinks()
+        scattered = [n for (n, _), s in zip(placed, sinks, strict=True) if s.access.bits and not s.access.in_bytes]
+        if any(n.inputs[0] not in self.decisions.copied for n in scattered):
+            raise self._apart(scattered, "a mask is packed along the columns of its kernel")
         origins = tuple(sorted(expressions.origins))
         rows = tuple(product(space.sizes[a] for a in group) for group in layout.rows)
         columns = product(space.sizes[a] for group in layout.columns for a in group)
@@ -219,7 +269,8 @@ class _Layout:
 
     def access(self, name: str, node: Node, strides: dict[int, Size], offset: Size, bits: bool) -> Access:
         steps = [strides.get(group[-1], 0) for group in self.rows]
-        steps.append(strides.get(self.columns[0][-1], 0) if self.columns else 0)
+        # A single column may have any stride.
+        steps.append(strides.get(self.columns[0][-1], 0) if self.columns else int(bits))
         return Access(name, node.tensor.dtype, tuple(steps), offset, bits)
 
 
@@ -340,8 +391,8 @@ class _Expressions:
         raise Retry()
 
     def takes_columns_apart(self, need: NeedsSplit) -> bool:
-        """A thread of a product finishes consecutive columns, so their axis stays in one piece."""
-        return self.product is not None and need.axis == 1
+        """A thread of a product finishes consecutive columns: where their parts are no run of memory, none are made."""
+        return self.product in self.builder.decisions.whole and need.axis == 1
 
 
 def _merge(axes: Sequence[int], space: Space, accesses: Sequence[dict[int, Size]]) -> list[list[int]]:

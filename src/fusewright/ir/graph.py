@@ -29,7 +29,7 @@ from typing import Any
 import sympy
 import torch
 
-from fusewright.ir.size import Size, product, same
+from fusewright.ir.size import Size, evaluate_typical, product, same
 
 VIEWS = frozenset({"reshape", "permute", "expand", "slice"})
 
@@ -47,8 +47,24 @@ class TensorType:
     def numel(self) -> Size:
         return product(self.shape)
 
+    @property
+    def dense(self) -> bool:
+        """Whether strides are those of some order of the dimensions, without gaps or overlap."""
+        expected: Size = 1
+        dims = [(s, n) for s, n in zip(self.stride, self.shape, strict=True) if not same(n, 1)]
+        for s, n in sorted(dims, key=lambda d: evaluate_typical(d[0])):
+            if not same(s, expected):
+                return False
+            expected = expected * n
+        return True
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def same_layout(a: TensorType, b: TensorType) -> bool:
+    """Whether two tensors of one shape have the same strides, wherever these matter."""
+    return all(same(s, t) for n, s, t in zip(a.shape, a.stride, b.stride, strict=True) if not same(n, 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from functools import lru_cache, reduce
 from typing import Any, TypeAlias
 
 import sympy
-from torch.utils._sympy.functions import CleanDiv
+from torch.utils._sympy.functions import CleanDiv, FloorDiv
 
 # Stands for every size symbol of which no value is known where alternatives are compared.
 TYPICAL_SIZE = 1024
@@ -65,7 +65,13 @@ def divides(divisor: Size, size: Size) -> Size | None:
 @lru_cache(maxsize=4096)
 def _expand(expression: sympy.Expr) -> sympy.Expr:
     # torch marks a floor division that it has guarded to have no remainder.
-    return sympy.expand(expression.replace(CleanDiv, lambda size, divisor: size / divisor))
+    expression = expression.replace(CleanDiv, lambda size, divisor: size / divisor)
+    return sympy.expand(expression.replace(FloorDiv, _floor_div))
+
+
+def _floor_div(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    quotient = size / divisor
+    return quotient if quotient.is_integer else FloorDiv(size, divisor)
 
 
 def matching_groups(a: Sequence[Size], b: Sequence[Size]) -> list[tuple[list[int], list[int]]] | None:

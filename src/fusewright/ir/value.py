@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
-from fusewright.ir.graph import Builder, Node, contiguous
+from fusewright.ir.graph import Builder, Node, TensorType, contiguous
 from fusewright.ir.primitives import PRIMITIVES
 
 Scalar: TypeAlias = bool | int | float | sympy.Expr
@@ -91,16 +91,21 @@ class Value:
 
 
 def primitive(builder: Builder, op: str, *operands: Value | Scalar) -> Value:
-    """Applies primitive `op`; numbers take the dtype of the operands that are values."""
+    """Applies primitive `op`; numbers take the dtype of the operands that are values.
+
+    The result lies as the first operand that is no number does, which is eager's rule too.
+    """
     values = [o for o in operands if isinstance(o, Value)]
     # The condition of `where` has its own dtype.
     typed = [o for i, o in enumerate(operands) if isinstance(o, Value) and not (op == "where" and i == 0)]
     dtype = typed[0].dtype if typed else torch.float32
     device = values[0].node.tensor.device
     nodes = [o.node if isinstance(o, Value) else builder.constant(o, dtype, device) for o in operands]
-    shape = next((n.tensor.shape for n in nodes if n.op != "constant"), ())
+    like = next((n.tensor for n in nodes if n.op != "constant"), TensorType((), (), dtype, device))
     result = torch.bool if PRIMITIVES[op].boolean else dtype
-    return Value(builder, builder.node(op, nodes, contiguous(shape, result, device)))
+    plain = contiguous(like.shape, result, device)
+    type = TensorType(like.shape, like.stride, result, device) if like.dense else plain
+    return Value(builder, builder.node(op, nodes, type))
 
 
 def constant(like: Value, number: Scalar, dtype: torch.dtype | None = None) -> Value:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, Output, base_of
-from fusewright.ir.size import same
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, Output, base_of, same_layout
 
 Bindings = dict[str, Node]
 
@@ -103,7 +102,9 @@ def _outputs(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[
             continue
         owner = base_of(old)
         found = new[owner]
-        if owner not in copies and (owners.setdefault(base_of(found), owner) is not owner or _restrided(owner, found)):
+        if owner not in copies and (
+            owners.setdefault(base_of(found), owner) is not owner or not same_layout(owner.tensor, found.tensor)
+        ):
             copies[owner] = builder.node("copy", (found,), owner.type, of=position)
         results.append(_viewed(builder, old, copies[owner]) if owner in copies else new[old])
     return tuple(results)
@@ -115,11 +116,6 @@ def _viewed(builder: Builder, view: Node, base: Node) -> Node:
         return base
     inner = _viewed(builder, view.inputs[0], base)
     return builder.node(view.op, (inner,), view.type, **dict(view.attributes))
-
-
-def _restrided(old: Node, new: Node) -> bool:
-    dims = zip(old.tensor.shape, old.tensor.stride, new.tensor.stride, strict=True)
-    return any(not same(a, b) for size, a, b in dims if not same(size, 1))
 
 
 def _apply(builder: Builder, node: Node, rules: Sequence[Rule]) -> Node | None:

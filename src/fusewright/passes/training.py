@@ -10,12 +10,13 @@ again too; a checkpoint's result never is, nor are random numbers, which would b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx
 import torch
 
-from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, same_layout
 from fusewright.ir.primitives import is_pointwise
 from fusewright.ir.size import evaluate_typical
 
@@ -123,6 +124,7 @@ def _rebuild(
 ) -> Partition:
     """The graph in which the backward reads each saved value in the form that it is saved in: a mask as
     `unpack(pack(mask))`, an input that is overwritten as its copy."""
+    views = _views_of_products(joint)
     builder = Builder()
     new: dict[Node, Node] = {}
     # What the backward reads in place of a node: another form of it, or a node computed again from one.
@@ -140,7 +142,7 @@ def _rebuild(
                 if node in overwritten:
                     kept[-1] = again[node] = builder.node("copy", (new[node],), node.type, of="saved")
             elif node.tensor.dtype == torch.bool and node.tensor.shape:
-                kept[-1], again[node] = mask_pair(builder, new[node])
+                kept[-1], again[node] = mask_pair(builder, new[node], views.get(node, ()))
         elif node not in late and any(i in again for i in node.inputs):
             inputs = [again.get(i, new[i]) for i in node.inputs]
             again[node] = builder.node(node.op, inputs, node.type, **dict(node.attributes))
@@ -150,8 +152,48 @@ def _rebuild(
     return Partition(Graph(tuple(new[i] for i in joint.inputs), outputs, origins), tuple(kept))
 
 
-def mask_pair(builder: Builder, mask: Node) -> tuple[Node, Node]:
-    """(bits, boolean): `mask` packed to one bit an element, and read back."""
+def _views_of_products(joint: Graph) -> dict[Node, tuple[Node, ...]]:
+    """For what follows a product element by element, the views that lie between.
+
+    Of several products the last counts; what is laid out in another way than what it follows counts as one.
+    """
+    order: dict[Node, int] = {}
+    views: dict[Node, tuple[Node, ...]] = {}
+    for node in joint.nodes():
+        last = max((i for i in node.inputs if i in order), key=lambda i: order[i], default=None)
+        if node.op == "matmul" or (last and is_pointwise(node.op) and not same_layout(node.tensor, last.tensor)):
+            order[node], views[node] = len(order), ()
+        elif last and (is_pointwise(node.op) or node.op in ("reshape", "permute")):
+            order[node] = order[last]
+            views[node] = views[last] if is_pointwise(node.op) else (*views[last], node)
+    return views
+
+
+def mask_pair(builder: Builder, mask: Node, views: Sequence[Node] = ()) -> tuple[Node, Node]:
+    """(bits, boolean): `mask` packed to one bit an element, and read back.
+
+    views: those between a product and the mask. It is packed without them, as it lies where the product is computed.
+    """
+    for view in reversed(views):
+        mask = _undone(builder, view, mask)
+    bits, again = _packed(builder, mask)
+    for view in views:
+        again = _applied(builder, view, again)
+    return bits, again
+
+
+def _undone(builder: Builder, view: Node, x: Node) -> Node:
+    if view.op == "reshape":
+        return builder.reshape(x, view.inputs[0].tensor.shape)
+    dims = view.attribute("dims")
+    return builder.permute(x, [dims.index(d) for d in range(len(dims))])
+
+
+def _applied(builder: Builder, view: Node, x: Node) -> Node:
+    return builder.reshape(x, view.tensor.shape) if view.op == "reshape" else builder.permute(x, view.attribute("dims"))
+
+
+def _packed(builder: Builder, mask: Node) -> tuple[Node, Node]:
     t = mask.tensor
     columns = t.shape[-1]
     width = (columns + 7) // 8

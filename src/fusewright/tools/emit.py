@@ -55,7 +55,7 @@ def emit(
         if buffer.dtype not in AT_TYPES:
             known = ", ".join(str(d).removeprefix("torch.") for d in AT_TYPES)
             raise UnsupportedDtype(f"{buffer.name} is {str(buffer.dtype).removeprefix('torch.')}; kernels take {known}")
-    missing = sorted({f.name for p in planned for f in p.plan.fallbacks})
+    missing = sorted({f"{f.name} ({f.reason})" for p in planned for f in p.plan.fallbacks})
     if missing and not library:
         raise NoKernel(
             f"no kernel for {', '.join(missing)}; allow torch's library to compute them with --allow-library, "
