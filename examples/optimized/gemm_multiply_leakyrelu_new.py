@@ -183,7 +183,7 @@ struct SplitOperand {
 };
 
 // Scan, then patch: a launch of the float32 kernel, in tiles of kM × kN by kThreads threads, that computes again what has
-// a row of a or a column of b out of range, or lies where one of the eight warps of a product's tile (kTileM × kTileN)
+// a row of a or a column of b out of range, or lies where a warp of a product's tile (kTileM × kTileN, with eight flags)
 // lost bits.
 template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatch {
     const SplitOperand a, b;
@@ -667,15 +667,141 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* operand, uint3
     return kSwizzle128 | kStride | uint64_t(panel >> 4) << 16 | (shared_address(operand) & 0x3ffff) >> 4;
 }
 
+// Registers have no index: a loop that is to stay short has its numbers go round instead, kCount at each turn.
+template <int kCount, int kAll> __device__ __forceinline__ void turn_round(float (&x)[kAll]) {
+    float first[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) first[i] = x[i];
+#pragma unroll
+    for (int i = kCount; i < kAll; ++i) x[i - kCount] = x[i];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[kAll - kCount + i] = first[i];
+}
+
+}  // namespace fusewright
+
+// ======== lost_bits.cuh
+// Whether a product of fp16 halves (split_f16.cuh) lost bits that no magnitude of a row or column tells of.
+//
+// Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
+// products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
+// as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
+// with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
+
+namespace fusewright {
+
+// Looks at a warp's sums as wgmma leaves them: of kBlocksM blocks, 64 rows apart, 16 rows and 2 · kSums columns each.
+template <int kBlocksM, int kSums> struct LostBits {
+    const SplitOperand &a, &b;
+    const int64_t M, N, K;
+
+    // All lanes call it and are told the same. m, n: the first row and column.
+    __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], int m, int n) const {
+        float smallest = 0x1p126f;  // but for zeros
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int i = 0; i < kSums; ++i)
+                smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
+        // The largest that operands can be: where even for those all is well, no magnitude is read.
+        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f));
+        return seldom && lost_line(sums, m, n);
+    }
+
+  private:
+    // Whether the largest of some sums is within what is lost where operands are as large as these.
+    __device__ __forceinline__ bool lossy(float largest, float of_a, float of_b) const {
+        constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
+        const float least = (of_a + of_b) * kPerOperand;
+        return largest > 0 && largest * largest < float(K) * least * least;
+    }
+
+    // A loop that seldom runs is short: the sums go round, kRound at each turn.
+    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
+        constexpr int kRound = 16, kColumns = kRound / 2, kTileN = 2 * kSums;
+        const int lane = threadIdx.x % 32;
+        float of_a = 0, rows[kBlocksM][2] = {};
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+            of_a = fmaxf(of_a, largest_magnitude(a, m + block * 64, m + block * 64 + 16, M));
+        bool lost = false;
+#pragma unroll 1
+        for (int column = n; column < n + kTileN; column += kRound * 2) {
+            float columns[kColumns] = {};
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block) {
+#pragma unroll
+                for (int i = 0; i < kRound; ++i) {
+                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
+                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
+                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
+                }
+                turn_round<kRound>(sums[block]);
+            }
+            const int mine = share_out(columns, lane);
+            const float of_b = magnitude(b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, N);
+            lost |= lossy(columns[0], of_a, of_b);
+        }
+        const float of_b = largest_magnitude(b, n, n + kTileN, N);
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float& largest = rows[block][half];
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+                const int row = m + block * 64 + half * 8 + lane / 4;
+                lost |= lossy(largest, magnitude(a, row, M), of_b);
+            }
+        return __any_sync(~0u, lost);
+    }
+
+    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
+    // in largest[0]. Returns which.
+    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
+        int mine = 0;
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+            const int count = 16 / lanes;
+            const bool upper = lane & lanes;
+            mine += upper ? count : 0;
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
+                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
+            }
+        }
+        return mine;
+    }
+
+    // Scaled. What is out of range by itself is computed again anyway.
+    __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
+        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
+    }
+
+    // The largest of some rows or columns, for a warp together.
+    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
+                                                              int64_t count) {
+        float largest = 0;
+#pragma unroll 1
+        for (int i = first + threadIdx.x % 32; i < last; i += 32)
+            largest = fmaxf(largest, magnitude(operand, i, count));
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    }
+};
+
 }  // namespace fusewright
 
 // ======== gemm_sm90.cuh
 // Matrix product with a generated epilogue on Hopper's tensor cores: epilogue(A [M, K] · B [K, N]).
 //
 // A persistent, warp-specialised pipeline. In each block one thread (the producer) copies tiles of A and B to a ring of
-// shared-memory stages through TMA; two warpgroups (the consumers) multiply them, each half of the tile's rows, and
-// hand their sums to the epilogue while the producer already loads the next tile. Blocks of a cluster lie below each
-// other: they want the same tile of B, so each copies a part of it and multicasts that to all.
+// shared-memory stages through TMA; two warpgroups (the consumers) multiply them and hand their sums to the epilogue
+// while the producer already loads the next tile. Blocks of a cluster lie below each other: they want the same tile of
+// B, so each copies a part of it and multicasts that to all.
+//
+// The consumers either cooperate, each on half of a tile's rows, or play ping-pong: each computes every other tile of
+// the block alone, so that one's epilogue runs beside the other's products.
 //
 // Operands are 16-bit. Three products of float32 halves, x·2^s = hi + lo·2^-11 (split_f16.cuh), give float32's accuracy:
 //     A·B·2^s = hi·hi + 2^-11 (hi·lo + lo·hi)
@@ -688,6 +814,7 @@ namespace fusewright {
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
 //   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
+//   kPingPong      the consumers take turns, or else cooperate (turns: one product, 128 × 128 or 64 × 256)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks
 //   kMajorA, kMajorB
@@ -701,8 +828,10 @@ template <class Config> struct GemmSm90 {
     static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
     static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
+    static constexpr bool kPingPong = Config::kPingPong;
 
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kConsumerWarps = 4 * kConsumers;
+    static constexpr int kSharing = kPingPong ? 1 : kConsumers, kTileWarps = 4 * kSharing;  // of one tile
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 that each thread starts with
 
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
@@ -714,15 +843,16 @@ template <class Config> struct GemmSm90 {
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
-    static constexpr int kBlocksM = kPanelsA / kConsumers, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums a thread
+    static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
     static_assert(kPanelsB % kCluster == 0);
-    static_assert(!kThreeProducts || (kBlocksM == 1 && kSums == 64), "three products fill the registers at 128 × 128");
+    static_assert(kBlocksM * kSums <= 128, "more sums than registers");
+    static_assert(!kThreeProducts || (kBlocksM * kSums == 64 && !kPingPong), "three products fill the registers so");
 
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, [tiles, kConsumerWarps]: whether bits were lost (see loses_bits)
+        uint8_t* lost = nullptr;        // if given, 8 flags a tile: whether a warp lost bits (see LostBits)
 
         __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
     };
@@ -735,13 +865,17 @@ template <class Config> struct GemmSm90 {
         __device__ void advance() {
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
+        __device__ void skip(int stages) {
+            parity ^= (stage + stages) / kStages & 1;
+            stage = (stage + stages) % kStages;
+        }
     };
 
     // Shared memory: the stages, the slabs, the barriers. kBytesA: of A in a stage.
     template <int kBytesA> struct MemoryFor {
         static constexpr int kStageBytes = kBytesA + kPlanes * kPlaneB;
         static constexpr int kSlabs = kStages * kStageBytes, kBarriers = kSlabs + kConsumerWarps * kSlabBytes;
-        static constexpr int kBytes = kBarriers + 2 * kStages * 8 + 1024;  // the swizzle wants 1024-byte alignment
+        static constexpr int kBytes = kBarriers + (2 * kStages + kConsumers) * 8 + 1024;  // to align for the swizzle
         static_assert(kBytes <= 232448);
         unsigned char* base;
 
@@ -750,6 +884,7 @@ template <class Config> struct GemmSm90 {
         __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
         __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
         __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
+        __device__ uint64_t* turn(int group) const { return full(2 * kStages + group); }
     };
     using Memory = MemoryFor<kPlanes * kPlaneA>;
     static constexpr int kSharedBytes = Memory::kBytes;
@@ -800,8 +935,9 @@ template <class Config> struct GemmSm90 {
             tensor_map_prefetch(&operands.b);
             for (int stage = 0; stage < kStages; ++stage) {
                 mbarrier_init(memory.full(stage), 1);
-                mbarrier_init(memory.empty(stage), kConsumerWarps * kCluster);
+                mbarrier_init(memory.empty(stage), kTileWarps * kCluster);
             }
+            for (int group = 0; group < kConsumers; ++group) mbarrier_init(memory.turn(group), 4);
             mbarrier_fence_init();
         }
         if constexpr (kCluster > 1) cluster_sync();
@@ -863,21 +999,33 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static void consume(const Operands& operands, const Memory& memory,
                                                    const Epilogue& epilogue) {
         Ring ring;
-        const int group = uniform(threadIdx.x / 128) - 1;
-        for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
+        Tiles tiles(operands);
+        const int group = uniform(threadIdx.x / 128) - 1, k_tiles = operands.k_tiles();
+        const int first_block = kPingPong ? 0 : group * kBlocksM;  // of 64 rows: this group's in the tile
+        uint32_t parity = group ^ 1;  // of the turn that is waited for: group 0 finds the first one come
+        if (kPingPong && group == 1) pass_over(tiles, ring, k_tiles);
+        for (; tiles.more(); tiles.advance()) {
             Sums sums;
+            if constexpr (kPingPong) mbarrier_wait(memory.turn(group), parity);
             if constexpr (kThreeProducts)
-                compute_three_products(sums, ring, memory, group, operands.k_tiles());
+                compute_three_products(sums, ring, memory, first_block, k_tiles);
             else
-                compute(sums, ring, memory, group, operands.k_tiles());
-            const int m = tiles.m() + group * kBlocksM * 64, n = tiles.n();
+                compute(sums, ring, memory, first_block, k_tiles);
+            const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost)
-                    note_lost(operands.lost + tiles.tile() * kConsumerWarps, loses_bits(sums, operands, m, n));
+                if (operands.lost) note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, m, n));
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
+            if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
+            parity ^= 1;
         }
+    }
+
+    // The other group's tile.
+    __device__ __forceinline__ static void pass_over(Tiles& tiles, Ring& ring, int k_tiles) {
+        tiles.advance();
+        ring.skip(k_tiles);
     }
 
     // What the products of one stage read: descriptors, and how far from one k16 step to the next.
@@ -887,8 +1035,8 @@ template <class Config> struct GemmSm90 {
         uint64_t a_, b_;
 
         template <class AnyMemory>
-        __device__ Stage(const AnyMemory& memory, int stage, int group)
-            : a_(matrix_descriptor(memory.a(stage) + group * kBlocksM * kPanelBytes, kPanelBytes)),
+        __device__ Stage(const AnyMemory& memory, int stage, int first_block)
+            : a_(matrix_descriptor(memory.a(stage) + first_block * kPanelBytes, kPanelBytes)),
               b_(matrix_descriptor(memory.b(stage), kPanelBytes)) {}
         __device__ uint64_t a(int block, int step, int plane = 0) const {
             return a_ + ((plane * kPlaneA + block * kPanelBytes) >> 4) + step * kStepA;
@@ -900,12 +1048,13 @@ template <class Config> struct GemmSm90 {
         wgmma<Element, kMajorA, kMajorB>(sums, a, b, accumulate);
     }
 
-    __device__ __forceinline__ static void compute(Sums& sums, Ring& ring, const Memory& memory, int group,
+    __device__ __forceinline__ static void compute(Sums& sums, Ring& ring, const Memory& memory, int first_block,
                                                    int k_tiles) {
         int previous = -1;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
             mbarrier_wait(memory.full(ring.stage), ring.parity);
-            const Stage stage(memory, ring.stage, group);
+            if (kPingPong && k_tile == k_tiles - 1) pass_turn(memory);
+            const Stage stage(memory, ring.stage, first_block);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / kStep; ++step)
@@ -923,7 +1072,7 @@ template <class Config> struct GemmSm90 {
     }
 
     __device__ __forceinline__ static void compute_three_products(Sums& sums, Ring& ring, const Memory& memory,
-                                                                  int group, int k_tiles) {
+                                                                  int first_block, int k_tiles) {
         constexpr int kSteps = Config::kPromote / kStep;
         float(&main)[kSums] = sums[0], chain[kSums], corrections[kSums];
 #pragma unroll
@@ -931,7 +1080,7 @@ template <class Config> struct GemmSm90 {
         int previous = -1;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
             mbarrier_wait(memory.full(ring.stage), ring.parity);
-            const Stage stage(memory, ring.stage, group);
+            const Stage stage(memory, ring.stage, first_block);
 #pragma unroll
             for (int first = 0; first < kTileK / kStep; first += kSteps) {
                 wgmma_fence();
@@ -965,6 +1114,14 @@ template <class Config> struct GemmSm90 {
         hold_registers(chain);
     }
 
+    // That the producer fills stages in order is not order enough: a wait tells odd rounds from even, no more, so a
+    // group that came to a stage a round early would take what the other still reads for its own. It waits, therefore,
+    // until all the other's warps have seen their last stage full. Their last products still run when its first follow.
+    __device__ __forceinline__ static void pass_turn(const Memory& memory) {
+        const int other = (threadIdx.x / 128 - 1) ^ 1;
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(memory.turn(other));
+    }
+
     // Tells every producer that fills this stage that this warp has read it: with multicast, that of each block.
     template <class AnyMemory> __device__ __forceinline__ static void release(const AnyMemory& memory, int stage) {
         const int lane = threadIdx.x % 32;
@@ -975,22 +1132,31 @@ template <class Config> struct GemmSm90 {
         }
     }
 
-    // A warp whose rows and columns all exist takes a path without bounds: there the epilogue is straight code, whose
-    // loads the compiler can issue together and early.
+    __device__ __forceinline__ static LostBits<kBlocksM, kSums> lost_bits(const Operands& x) {
+        return {x.split_a, x.split_b, x.M, x.N, x.K};
+    }
+
+    __device__ __forceinline__ static void note_lost(const Operands& operands, int64_t tile, bool lost) {
+        constexpr int kFlags = 8 / kTileWarps;  // a warp
+        const int lane = threadIdx.x % 32, warp = (threadIdx.x / 32 - 4) % kTileWarps;
+        if (lane < kFlags) operands.lost[tile * 8 + warp * kFlags + lane] = lost;
+    }
+
+    // m: the warp's first row. A warp whose rows and columns all exist takes a path without bounds: there the epilogue
+    // is straight code, whose loads the compiler can issue together and early.
     template <class Epilogue>
     __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
-        if (row + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
-            turn<true>(sums, operands, memory, row, n, epilogue);
+        if (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
+            turn<true>(sums, operands, memory, m, n, epilogue);
         else
-            turn<false>(sums, operands, memory, row, n, epilogue);
+            turn<false>(sums, operands, memory, m, n, epilogue);
     }
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kWhole, class Epilogue>
     __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
-                                                int row, int n, const Epilogue& epilogue) {
+                                                int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
@@ -1008,7 +1174,7 @@ template <class Config> struct GemmSm90 {
                     for (int i = 0; i < kVector; i += 4)
                         *reinterpret_cast<float4*>(&values[i]) =
                             *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column + i));
-                    const int64_t y = row + block * 64 + slab_row, x = n + column + slab_column;
+                    const int64_t y = m + block * 64 + slab_row, x = n + column + slab_column;
                     const int64_t left = y < operands.M ? operands.N - x : 0;
                     epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
                 }
@@ -1019,9 +1185,10 @@ template <class Config> struct GemmSm90 {
 
     __device__ __forceinline__ static void write_slab(float* slab, const float* sums, int lane) {
 #pragma unroll
-        for (int i = 0; i < kSlabColumns / 2; i += 2) {
-            const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
-            *reinterpret_cast<float2*>(slab + slab_index(row, column)) = make_float2(sums[i], sums[i + 1]);
+        for (int i = 0; i < kSlabColumns / 2; i += 4) {
+            float* upper = slab + slab_index(lane / 4, i / 4 * 8 + lane % 4 * 2);
+            *reinterpret_cast<float2*>(upper) = make_float2(sums[i], sums[i + 1]);
+            *reinterpret_cast<float2*>(upper + 8 * kSlabColumns) = make_float2(sums[i + 2], sums[i + 3]);
         }
     }
 
@@ -1030,117 +1197,6 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static int slab_index(int row, int column) {
         const int chunk = column / 4;
         return row * kSlabColumns + (chunk ^ (row % 4) << 1 ^ chunk >> 3) * 4 + column % 4;
-    }
-
-    // Below 2^-14 (scaled) the halves keep fewer than 22 bits of an operand: they round to 2^-36. That is lost among the
-    // products of larger operands, unless each large one meets a small one. Then all sums of a row (or of a column, as far
-    // as a warp sees it) are small beside what such roundings, multiplied by the largest operands, may add up to. A warp
-    // with such a row or column says so, and the patch computes the tile again. Zeros are taken for what they seem.
-    __device__ __forceinline__ static bool loses_bits(Sums& sums, const Operands& operands, int m, int n) {
-        const int row = m + uniform(threadIdx.x / 32 % 4) * 16;
-        float smallest = 0x1p126f;  // but for zeros
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int i = 0; i < kSums; ++i)
-                smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
-        // The largest that operands can be: where even for those all is well, no magnitude is read.
-        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f, operands));
-        return seldom && lost_line(sums, operands, row, n);
-    }
-
-    __device__ __forceinline__ static void note_lost(uint8_t* lost_by_warp, bool lost) {
-        if (threadIdx.x % 32 == 0) lost_by_warp[threadIdx.x / 32 - 4] = lost;
-    }
-
-    // Whether the largest of some sums is within what is lost where operands are as large as these.
-    __device__ __forceinline__ static bool lossy(float largest, float a, float b, const Operands& operands) {
-        constexpr float kPerOperand = 0x1p-13f;  // 2^-36 of an operand against 2^-24 of a sum, with room for luck
-        const float least = (a + b) * kPerOperand;
-        return largest > 0 && largest * largest < float(operands.K) * least * least;
-    }
-
-    // A loop that seldom runs is short: registers have no index, so instead the sums go round, kRound at each turn.
-    __device__ __forceinline__ static bool lost_line(Sums& sums, const Operands& operands, int m, int n) {
-        constexpr int kRound = 16, kColumns = kRound / 2;
-        const int lane = threadIdx.x % 32;
-        float a = 0, rows[kBlocksM][2] = {};
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            a = fmaxf(a, largest_magnitude(operands.split_a, m + block * 64, m + block * 64 + 16, operands.M));
-        bool lost = false;
-#pragma unroll 1
-        for (int column = n; column < n + kTileN; column += kRound * 2) {
-            float columns[kColumns] = {};
-#pragma unroll
-            for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
-                for (int i = 0; i < kRound; ++i) {
-                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
-                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
-                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
-                }
-                turn_round<kRound>(sums[block]);
-            }
-            const int mine = share_out(columns, lane);
-            const float b = magnitude(operands.split_b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, operands.N);
-            lost |= lossy(columns[0], a, b, operands);
-        }
-        const float b = largest_magnitude(operands.split_b, n, n + kTileN, operands.N);
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& largest = rows[block][half];
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = m + block * 64 + half * 8 + lane / 4;
-                lost |= lossy(largest, magnitude(operands.split_a, row, operands.M), b, operands);
-            }
-        return __any_sync(~0u, lost);
-    }
-
-    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
-    // in largest[0]. Returns which.
-    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
-        int mine = 0;
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            const int count = 16 / lanes;
-            const bool upper = lane & lanes;
-            mine += upper ? count : 0;
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
-                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
-            }
-        }
-        return mine;
-    }
-
-    template <int kCount> __device__ __forceinline__ static void turn_round(float (&sums)[kSums]) {
-        float first[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) first[i] = sums[i];
-#pragma unroll
-        for (int i = kCount; i < kSums; ++i) sums[i - kCount] = sums[i];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sums[kSums - kCount + i] = first[i];
-    }
-
-    // Scaled. What is out of range by itself is computed again anyway.
-    __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
-        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
-    }
-
-    // The largest of some rows or columns, for a warp together.
-    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
-                                                              int64_t count) {
-        float largest = 0;
-#pragma unroll 1
-        for (int i = first + threadIdx.x % 32; i < last; i += 32)
-            largest = fmaxf(largest, magnitude(operand, i, count));
-        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.
@@ -1615,10 +1671,10 @@ struct Config {
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = true;
+    static constexpr bool kScaled = true, kPingPong = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
-static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
 
 // addmm, mul, leaky_relu
 __global__ void __launch_bounds__(Gemm::kThreads, 1)
@@ -1720,10 +1776,10 @@ struct Config {
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = true;
+    static constexpr bool kScaled = true, kPingPong = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
-static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
 
 // addmm, mul, leaky_relu
 __global__ void __launch_bounds__(Gemm::kThreads, 1)
@@ -1890,10 +1946,10 @@ struct Config {
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MN, kMajorB = fusewright::Major::MN;
-    static constexpr bool kScaled = true;
+    static constexpr bool kScaled = true, kPingPong = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
-static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
 
 // mm
 __global__ void __launch_bounds__(Gemm::kThreads, 1)
@@ -1972,10 +2028,10 @@ struct Config {
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::MN;
-    static constexpr bool kScaled = true;
+    static constexpr bool kScaled = true, kPingPong = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
-static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214064);
+static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
 
 // mm
 __global__ void __launch_bounds__(Gemm::kThreads, 1)
@@ -2163,7 +2219,7 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
@@ -2217,7 +2273,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(forward_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
         launch(forward_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
@@ -2281,7 +2337,7 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved_map = tensor_map(pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm::fused_mm, std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214064,
+        launch(backward_mm::fused_mm, std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214080,
             halves_map, saved_map, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
             pointer<uint8_t>(lost), pointer<float>(out));
         launch(backward_mm_patch::fused_mm_patch, 263, 1, 1, 128, 82432, pointer<float>(t1), 1, 8192,
@@ -2296,7 +2352,7 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved2_map = tensor_map(pointer<__half>(saved2), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, 8192, 2},
             {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm_2::fused_mm_2, std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064,
+        launch(backward_mm_2::fused_mm_2, std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080,
             halves_map, saved2_map, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
             pointer<uint8_t>(lost), pointer<float>(out2));
         launch(backward_mm_2_patch::fused_mm_2_patch, std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128,
@@ -2376,7 +2432,7 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214064, halves_map, halves1_map, batch,
+            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
@@ -2440,7 +2496,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2448,7 +2504,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2469,7 +2525,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2478,7 +2534,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2492,7 +2548,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2504,13 +2560,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_dd130777f3f4::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_dd130777f3f4, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2518,7 +2574,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dd130777f3f4, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2526,7 +2582,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dd130777f3f4, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2534,7 +2590,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dd130777f3f4, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2548,7 +2604,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72",
+        name="fusewright_gemm_multiply_leakyrelu_dd130777f3f4",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2578,9 +2634,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_dd130777f3f4.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_dd130777f3f4.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2592,7 +2648,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_ad3e0ee0df72.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_dd130777f3f4.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
