@@ -83,6 +83,10 @@ class PhaseOverrun(SimulationError):
     """More arrivals or bytes at an mbarrier than its phase expects, or than it can count."""
 
 
+class StackOverflow(SimulationError):
+    """A thread needs more local memory than it can have: recursion without end, or arrays as large."""
+
+
 class ReadOnlyWrite(SimulationError):
     """A store through a pointer that the launch declares as only read."""
 

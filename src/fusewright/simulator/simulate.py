@@ -156,6 +156,8 @@ class SimulatedKernel:
         )
         failure = library.Failure()
         if self.module.runtime.fusewright_simulator_launch(ctypes.byref(launch), ctypes.byref(failure)):
+            if failure.kind == library.INTERRUPTED:
+                raise KeyboardInterrupt
             raise error_of(failure, self.launch.kernel, self.module)
 
     def _compare(self, first: Sequence[bytes], after: Sequence[bytes], order: int) -> None:
