@@ -205,14 +205,6 @@ BUGS: Mapping[str, Bug] = {
         63,
         ("byte 256 of shared `tile`, which has 256 bytes",),
     ),
-    "before_shared": Bug(
-        errors.OutOfBounds,
-        """__shared__ float tile[64];
-           tile[int(threadIdx.x) - 1] = in[threadIdx.x];  // BUG
-           out[threadIdx.x] = tile[threadIdx.x];""",
-        0,
-        ("byte -4 of shared `tile`, which has 256 bytes",),
-    ),
     "dynamic_shared": Bug(
         errors.OutOfBounds,
         """extern __shared__ float dynamic[];
@@ -554,6 +546,18 @@ def test_correct_kernels_pass(correct: Sequence[SimulatedKernel]) -> None:
         given, result = torch.rand(64), torch.zeros(64)
         kernel([given, result], (2,) if name == "copied" else (1,))
         torch.testing.assert_close(result, expected(given), rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("index", [-1, -100, 100])
+def test_an_access_beside_shared_memory_names_it(index: int) -> None:
+    """Nothing of the module lies before its first variable, and buffers may be near."""
+    text = f"""extern "C" __global__ void f(float* out) {{
+        __shared__ float tile[64];
+        tile[int(threadIdx.x) + ({index})] = 1;
+        out[threadIdx.x] = tile[threadIdx.x]; }}"""
+    (kernel,) = Simulator().load([launch(text, 1)])
+    with pytest.raises(errors.OutOfBounds, match=f"byte {4 * index} of shared `tile`, which has 256 bytes"):
+        kernel([torch.rand(64)], (1,))
 
 
 def test_what_a_launch_does_not_read_ahead_waits() -> None:

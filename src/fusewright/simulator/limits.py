@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from math import prod
-from numbers import Real
-from operator import index
-from typing import SupportsIndex
+from numbers import Integral, Real
 
 import torch
 
@@ -112,7 +110,7 @@ def check_launch(launch: LaunchSpec, arguments: Sequence[object], grid: Sequence
     blocks = (*grid, 1, 1)[: max(3, len(grid))] if grid else ()
     if not _within(blocks, 0, GRID_EXTENT):
         raise refused(launch.kernel, f"a grid of {tuple(grid)} blocks; the limit is {GRID_EXTENT}")
-    x, y, z = map(index, blocks)
+    x, y, z = map(int, blocks)
     if any(n % cluster for n, cluster in zip((x, y, z), launch.cluster, strict=True)):
         raise refused(launch.kernel, f"a grid of {(x, y, z)} blocks is not made of clusters of {launch.cluster}")
     return x, y, z
@@ -121,8 +119,7 @@ def check_launch(launch: LaunchSpec, arguments: Sequence[object], grid: Sequence
 def _within(values: Sequence[object], least: int, most: Sequence[int]) -> bool:
     """Whether these are as many whole numbers, none of them out of its range."""
     return len(values) == len(most) and all(
-        isinstance(value, SupportsIndex) and least <= index(value) <= limit
-        for value, limit in zip(values, most, strict=True)
+        isinstance(value, Integral) and least <= int(value) <= limit for value, limit in zip(values, most, strict=True)
     )
 
 
