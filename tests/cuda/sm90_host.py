@@ -228,7 +228,8 @@ class SimulatedKernel:
                 kind = FloatArg(0.0)
             elif not isinstance(arg, int):
                 arg = Buffer(0, 0) if arg is None else arg
-                kind = BufferArg(f"argument{i}", torch.uint8, written=True)
+                dtype = arg.dtype if isinstance(arg, torch.Tensor) else torch.uint8
+                kind = BufferArg(f"argument{i}", dtype, written=True)
             kinds.append(kind)
             values.append(arg)
         spec = LaunchSpec(

@@ -254,12 +254,19 @@ def _launches() -> dict[str, LaunchSpec]:
 Value = torch.Tensor | int | tuple[TensorMapArg, torch.Tensor]
 
 
+def _argument(arg: Arg, value: Value) -> Arg:
+    """The argument as it is with this value: a map comes with it, and many kernels take words of any dtype."""
+    if isinstance(value, tuple):
+        return value[0]
+    return replace(arg, dtype=value.dtype) if isinstance(value, torch.Tensor) else arg
+
+
 def run(kernel: str, threads: int, arguments: Sequence[Value], grid: int = 1, cluster: int = 1) -> None:
     """Runs a kernel of SOURCE where its tensors are; a map comes with its tensor."""
     launches = _launches()
     spec = launches[kernel]
-    maps = [a[0] if isinstance(a, tuple) else arg for a, arg in zip(arguments, spec.args, strict=True)]
-    launches[kernel] = spec = replace(spec, args=tuple(maps), block=(threads, 1, 1), cluster=(cluster, 1, 1))
+    args = tuple(_argument(arg, value) for arg, value in zip(spec.args, arguments, strict=True))
+    launches[kernel] = spec = replace(spec, args=args, block=(threads, 1, 1), cluster=(cluster, 1, 1))
     values = [a[1] if isinstance(a, tuple) else a for a in arguments]
     if all(isinstance(v, int) or v.device.type == "cpu" for v in values):
         kernels = dict(zip(launches, Simulator().load(list(launches.values())), strict=True))

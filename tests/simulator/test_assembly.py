@@ -57,6 +57,7 @@ def test_layout() -> None:
         ("_ZZN2fw3runEvE4tile_0", "tile"),
         ("_ZN10fusewright14dynamic_sharedE", "dynamic_shared"),
         ("_ZZN1a8GemmSimtIffLi128EE3runEPKfE6shared", "shared"),
+        ("_ZZN20fusewright_source_18spin_oneEPKfE1f", "f"),
         ("plain", "plain"),
     ],
 )

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +46,101 @@ BUGS: Mapping[str, Bug] = {
            while (threadIdx.x == 3 && atomicAdd(flag, 0) == 0) {  // BUG
            }""",
         3,
-        ("atomic operations", "no thread of its block"),
+        ("waits in a loop for memory to change, at byte 0 of `out` (spinning.cu:4)",),
+    ),
+    "spinning_on_shared_memory": Bug(
+        errors.Deadlock,
+        """__shared__ volatile int flag;
+           if (threadIdx.x == 0) flag = 0;
+           __syncthreads();
+           if (threadIdx.x == 3)
+               while (flag == 0) {  // BUG
+               }
+           __syncthreads();
+           out[threadIdx.x] = flag;""",
+        3,
+        (
+            "in a loop for memory to change, at byte 0 of shared `flag`",
+            "thread (0, 0, 0) waits at barrier 0",
+            "62 more",
+        ),
+    ),
+    "spinning_on_global_memory": Bug(
+        errors.Deadlock,
+        """volatile float* flag = out;
+           while (flag[n - 1] == 0 && flag[0] == 0) {  // BUG
+           }""",
+        0,
+        ("of `out`",),
+    ),
+    "spinning_by_votes": Bug(
+        errors.Deadlock,
+        """volatile float* flag = out;
+           while (__any_sync(~0u, flag[0] == 0)) {  // BUG
+           }""",
+        0,
+        ("at byte 0 of `out`", "63 more"),
+    ),
+    "local_array": Bug(
+        errors.OutOfBounds,
+        """float local[4];
+           for (int i = 0; i < n / 8; ++i) local[i] = in[i];
+           out[threadIdx.x] = local[n % 3] + local[n % 4];
+           }  // BUG
+           namespace {""",
+        0,
+        ("outside a local array",),
+    ),
+    "local_array_far_out": Bug(
+        errors.OutOfBounds,
+        """float local[4];
+           for (int i = 0; i < n * n; ++i) local[i] = in[i % 64];  // BUG
+           out[threadIdx.x] = local[n % 3] + local[n % 4];""",
+        0,
+        ("outside a local array",),
+    ),
+    "large_frame": Bug(
+        errors.StackOverflow,
+        """volatile float local[100000];
+           for (int i = 0; i < n; ++i) local[i] = in[i];
+           out[threadIdx.x] = local[n];""",
+        0,
+        ("192 KiB",),
+    ),
+    "recursion": Bug(
+        errors.StackOverflow,
+        """struct Endless {
+               __attribute__((noinline)) static float run(const float* in, int64_t n) {
+                   return n < 0 ? 0 : run(in, n + 1) + in[n % 64];  // BUG
+               }
+           };
+           out[threadIdx.x] = Endless::run(in, n);""",
+        0,
+    ),
+    "null_function": Bug(
+        errors.UndefinedOperation,
+        """float (*volatile function)(float) = nullptr;
+           out[threadIdx.x] = function(in[threadIdx.x]);  // BUG""",
+        0,
+        ("null pointer",),
+    ),
+    "null": Bug(
+        errors.OutOfBounds,
+        """const float* nowhere = nullptr;
+           out[threadIdx.x] = nowhere[0];  // BUG""",
+        0,
+        ("none of the launch's buffers",),
+    ),
+    "division_by_zero": Bug(
+        errors.UndefinedOperation,
+        """out[threadIdx.x] = n / (int64_t(threadIdx.x) - 40);  // BUG""",
+        40,
+        ("divides an integer by zero",),
+    ),
+    "trap_instruction": Bug(
+        errors.UndefinedOperation,
+        """if (threadIdx.x == 7) __builtin_trap();  // BUG""",
+        7,
     ),
     "divergence": Bug(
         errors.BarrierDivergence,
@@ -404,6 +505,20 @@ CORRECT: Mapping[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
            out[threadIdx.x] = 1;""",
         lambda x: torch.ones(64),
     ),
+    "waits_in_global_memory": (
+        """volatile float* flag = out + 63;
+           if (threadIdx.x == 63) *flag = 1;
+           while (*flag == 0) {
+           }
+           out[threadIdx.x] = 1;""",
+        lambda x: torch.ones(64),
+    ),
+    "reads_much": (
+        """float sum = 0;
+           for (int i = 0; i < 50000; ++i) sum += in[i % 64] > 2;
+           out[threadIdx.x] = sum;""",
+        lambda x: torch.zeros(64),
+    ),
     "atomics_do_not_race": (
         """__shared__ int sum;
            if (threadIdx.x == 0) sum = 0;
@@ -433,6 +548,18 @@ def test_correct_kernels_pass(correct: Sequence[SimulatedKernel]) -> None:
         torch.testing.assert_close(result, expected(given), rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("index", [-1, -100, 100])
+def test_an_access_beside_shared_memory_names_it(index: int) -> None:
+    """Nothing of the module lies before its first variable, and buffers may be near."""
+    text = f"""extern "C" __global__ void f(float* out) {{
+        __shared__ float tile[64];
+        tile[int(threadIdx.x) + ({index})] = 1;
+        out[threadIdx.x] = tile[threadIdx.x]; }}"""
+    (kernel,) = Simulator().load([launch(text, 1)])
+    with pytest.raises(errors.OutOfBounds, match=f"byte {4 * index} of shared `tile`, which has 256 bytes"):
+        kernel([torch.rand(64)], (1,))
+
+
 def test_what_a_launch_does_not_read_ahead_waits() -> None:
     """Where `ahead` names nothing, the launch begins after the one before it, and there is nothing to wait for."""
     body = "const float value = in[threadIdx.x];\nLINE out[threadIdx.x] = value;"
@@ -446,3 +573,49 @@ def test_what_a_launch_does_not_read_ahead_waits() -> None:
     with pytest.raises(errors.MissingFence, match=r"writes `out`.*before launch_before_wait") as caught:
         bad([x, out], (2,))
     assert caught.value.where.line.endswith(".cu:4")
+
+
+@pytest.mark.parametrize(
+    "work", ["", 'for (int i = 0; i < 300000000; ++i) asm volatile("");'], ids=["reads", "computes"]
+)
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_an_interrupt_ends_a_launch(work: str, blocks: int) -> None:
+    """Whatever the kernel does just then, on one or more OS threads; and the next launch runs."""
+    text = f"""extern "C" __global__ void endless(int* out) {{
+        volatile int* stop = out;
+        for (int i = 1; *stop == 0; ++i) {{ out[threadIdx.x + 1] = i; {work} }} }}"""
+    (kernel,) = Simulator(workers=2).load([launch(text, 1)])
+    out = torch.zeros(2, dtype=torch.int32)
+    timers = [
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)),
+        threading.Timer(10, out[0].fill_, (1,)),  # so that a failure ends too
+    ]
+    for timer in timers:
+        timer.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kernel([out], (blocks,))
+        assert time.monotonic() - start < 5
+    finally:
+        for timer in timers:
+            timer.cancel()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    kernel([torch.ones(2, dtype=torch.int32)], (blocks,))
+
+
+def test_faults_elsewhere_end_the_process_as_ever() -> None:
+    """A launch that went wrong leaves no handlers behind."""
+    text = 'extern "C" __global__ void divides(int* out, long long n) { out[0] = 7 / int(n); }'
+    code = f"""import ctypes, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fusewright.simulator.simulate import Simulator
+from kernels import launch
+try:
+    Simulator().load([launch({text!r}, 1)])[0]([torch.zeros(1, dtype=torch.int32), 0], (1,))
+except Exception as error:
+    print(type(error).__name__)
+sys.stdout.flush()
+ctypes.string_at(0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("UndefinedOperation\n", -signal.SIGSEGV), done.stderr

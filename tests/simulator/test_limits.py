@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fusewright.chip import chip_for
 from fusewright.codegen.launch import FloatArg, LaunchSpec, SizeArg, TensorMapArg
 from fusewright.simulator.buffer import Buffer
-from fusewright.simulator.errors import LaunchLimit
+from fusewright.simulator.errors import LaunchLimit, SimulationError, Where
 from fusewright.simulator.simulate import Simulator
 from fusewright.simulator.tensor_map import encode
 from kernels import launch
@@ -87,6 +89,53 @@ def test_clusters() -> None:
     (kernel,) = Simulator().load([replace(EMPTY, cluster=(2, 1, 1))])
     with pytest.raises(LaunchLimit, match="not made of clusters"):
         kernel([torch.zeros(1), 1], (3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid", "says"),
+    [
+        (
+            [torch.zeros(1, dtype=torch.float64), 1],
+            (1,),
+            "`x` of torch.float32, and was given a tensor of torch.float64",
+        ),
+        ([torch.zeros(1, dtype=torch.int32), 1], (1,), "`x` of torch.float32"),
+        (["x", 1], (1,), "`x`, a tensor, and was given 'x'"),
+        ([torch.zeros(1), torch.ones(1)], (1,), "a number, and was given memory"),
+        ([torch.zeros(1), 2**70], (1,), "a whole number of 64 bits"),
+        ([torch.zeros(1), 6.5], (1,), "a whole number of 64 bits, and was given 6.5"),
+        ([torch.zeros(1), "6"], (1,), "a whole number of 64 bits"),
+        ([torch.zeros(1), 1], (1.5,), "a grid"),
+        ([torch.zeros(1), 1], (), "a grid"),
+        ([torch.zeros(1), 1], (1, 1, 1, 1), "a grid"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: list[Any], grid: tuple[Any, ...], says: str) -> None:
+    (kernel,) = Simulator().load([EMPTY])
+    with pytest.raises(LaunchLimit, match=says) as caught:
+        kernel(arguments, grid)
+    assert isinstance(caught.value, SimulationError)
+    assert caught.value.where == Where("empty")
+
+
+@pytest.mark.parametrize("value", ["1.5", None, pytest.param(2**2000, id="large"), torch.ones(())])
+def test_numbers(value: Any) -> None:
+    (kernel,) = Simulator().load([launch('extern "C" __global__ void f(float x) {}', 1)])
+    with pytest.raises(LaunchLimit, match="argument 0 is a number"):
+        kernel([value], (1,))
+    for fitting in (1, 1.5, float("inf"), np.float32(2)):
+        kernel([fitting], (1,))
+
+
+def test_integers_of_one_size_are_alike() -> None:
+    (kernel,) = Simulator().load([launch('extern "C" __global__ void f(const uint8_t* x) {}', 1)])
+    for dtype in (torch.uint8, torch.int8, torch.bool):
+        kernel([torch.zeros(1, dtype=dtype)], (1,))
+
+
+def test_shared_bytes_are_not_negative() -> None:
+    with pytest.raises(LaunchLimit, match="-1 bytes of static and dynamic"):
+        load(replace(EMPTY, shared_bytes=-1))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def variable_name(symbol: str) -> str:
         length = int(match[0])
         name = symbol[match.end() : match.end() + length]
         rest = symbol[match.end() + length :]
+        if symbol.startswith("_ZZ") and symbol[match.start() - 1] != "E":
+            continue  # within the function's name: "_ZZN11source_12f2vE1x" holds a 12 that is no length
         if len(name) == length and re.fullmatch(r"E?(?:_\d+|__\d+_|\.\d+)?", rest):
             return name
     return symbol

@@ -17,20 +17,17 @@ class SimulatorCompileError(FusewrightError):
     exit_code = 1
 
 
-class LaunchLimit(FusewrightError):
-    """The launch asks for more than the chip has."""
-
-    exit_code = 1
-
-
 @dataclass(frozen=True)
 class Where:
-    """Where a kernel went wrong. line: "file:line" of the kernel's source, "" if unknown."""
+    """Where a kernel went wrong. line: "file:line" of the kernel's source, "" if unknown.
+
+    What is wrong with a launch as a whole is at its first block and thread, and has no line.
+    """
 
     kernel: str
-    block: tuple[int, int, int]
-    thread: tuple[int, int, int]
-    line: str
+    block: tuple[int, int, int] = (0, 0, 0)
+    thread: tuple[int, int, int] = (0, 0, 0)
+    line: str = ""
 
 
 class SimulationError(FusewrightError):
@@ -41,6 +38,10 @@ class SimulationError(FusewrightError):
     def __init__(self, message: str, where: Where) -> None:
         super().__init__(message)
         self.where = where
+
+
+class LaunchLimit(SimulationError):
+    """The launch asks for more than the chip has, or its arguments do not fit: nothing has run."""
 
 
 class Deadlock(SimulationError):
@@ -81,6 +82,10 @@ class MissingFence(SimulationError):
 
 class PhaseOverrun(SimulationError):
     """More arrivals or bytes at an mbarrier than its phase expects, or than it can count."""
+
+
+class StackOverflow(SimulationError):
+    """A thread needs more local memory than it can have: recursion without end, or arrays as large."""
 
 
 class ReadOnlyWrite(SimulationError):

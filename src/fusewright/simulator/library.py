@@ -14,7 +14,8 @@ from fusewright.simulator.toolchain import INCLUDE, RUNTIME, Toolchain
 CACHE_KIND = "simulator"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-pthread")
 
-# What a failure's `kind` means: the order of Failure::Kind in runtime/block.hpp, from 1.
+INTERRUPTED = -1
+# What a failure's `kind` means otherwise: the order of Failure::Kind in runtime/block.hpp, from 1.
 ERRORS: tuple[type[errors.SimulationError], ...] = (
     errors.Deadlock,
     errors.BarrierDivergence,
@@ -29,6 +30,7 @@ ERRORS: tuple[type[errors.SimulationError], ...] = (
     errors.OperandInFlight,
     errors.MissingFence,
     errors.PhaseOverrun,
+    errors.StackOverflow,
 )
 
 

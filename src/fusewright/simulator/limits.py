@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from math import prod
+from numbers import Integral, Real
 
 import torch
 
 from fusewright.chip import Chip
-from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg
-from fusewright.simulator.errors import LaunchLimit
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg
+from fusewright.simulator.buffer import Buffer
+from fusewright.simulator.errors import LaunchLimit, Where
 from fusewright.simulator.module import KernelFacts, Module
-from fusewright.simulator.tensor_map import BYTES
+from fusewright.simulator.tensor_map import BYTES, EncodedMap
 
 # CUDA C++ Programming Guide, "Compute capabilities": alike for every chip that fusewright knows.
 BLOCK_THREADS = 1024
@@ -21,6 +23,11 @@ GRID_EXTENT = (2**31 - 1, 65535, 65535)
 STATIC_SHARED_BYTES = 48 * 1024
 CLUSTER_BLOCKS = 16  # more than 8 only where the driver is asked for it, as fusewright does
 REGISTERS = 65536  # of a multiprocessor
+
+
+def refused(kernel: str, problem: str) -> LaunchLimit:
+    """Returns the error for a launch of `kernel` that cannot be."""
+    return LaunchLimit(f"{kernel}: {problem}", Where(kernel))
 
 
 def check_module(launch: LaunchSpec, module: Module, facts: KernelFacts, chip: Chip) -> None:
@@ -32,35 +39,39 @@ def check_module(launch: LaunchSpec, module: Module, facts: KernelFacts, chip: C
     parameters.restype = ctypes.POINTER(ctypes.c_uint)
     found = parameters()
     if found[0] != len(launch.args):
-        raise LaunchLimit(f"{launch.kernel} has {found[0]} parameters, and the launch gives {len(launch.args)}")
+        raise refused(launch.kernel, f"the kernel has {found[0]} parameters, and the launch gives {len(launch.args)}")
     for i, arg in enumerate(launch.args):
         if found[1 + i] != _bytes(arg):
-            raise LaunchLimit(f"{launch.kernel}: parameter {i} has {found[1 + i]} bytes, and {arg} gives {_bytes(arg)}")
+            problem = f"parameter {i} has {found[1 + i]} bytes, and {arg} gives {_bytes(arg)}"
+            raise refused(launch.kernel, problem)
 
 
 def _check_block(launch: LaunchSpec, module: Module, facts: KernelFacts) -> None:
-    threads = launch.block[0] * launch.block[1] * launch.block[2]
-    if not 1 <= threads <= BLOCK_THREADS or any(e > limit for e, limit in zip(launch.block, BLOCK_EXTENT, strict=True)):
-        raise LaunchLimit(
-            f"{launch.kernel}: a block of {launch.block} threads; a block has 1 to {BLOCK_THREADS} threads, and at "
-            f"most {BLOCK_EXTENT} along x, y and z"
+    threads = prod(launch.block)
+    if not _within(launch.block, 1, BLOCK_EXTENT) or threads > BLOCK_THREADS:
+        raise refused(
+            launch.kernel,
+            f"a block of {launch.block} threads; a block has 1 to {BLOCK_THREADS} threads, and at most {BLOCK_EXTENT} "
+            "along x, y and z",
         )
     bound, _ = _launch_bounds(module, facts)
     if bound and threads > bound:
-        raise LaunchLimit(f"{launch.kernel}: a block of {threads} threads, but __launch_bounds__ allows {bound}")
+        raise refused(launch.kernel, f"a block of {threads} threads, but __launch_bounds__ allows {bound}")
 
 
 def _check_shared(launch: LaunchSpec, facts: KernelFacts, chip: Chip) -> None:
     static = sum(variable.bytes for variable in facts.static)
     if static > STATIC_SHARED_BYTES:
-        raise LaunchLimit(
-            f"{launch.kernel}: {static} bytes of static shared memory; the limit is {STATIC_SHARED_BYTES}, and only "
-            "dynamic shared memory can be larger"
+        raise refused(
+            launch.kernel,
+            f"{static} bytes of static shared memory; the limit is {STATIC_SHARED_BYTES}, and only dynamic shared "
+            "memory can be larger",
         )
-    if static + launch.shared_bytes > chip.shared_bytes:
-        raise LaunchLimit(
-            f"{launch.kernel}: {static} + {launch.shared_bytes} bytes of static and dynamic shared memory; a block on "
-            f"{chip.name} ({chip.arch}) can have {chip.shared_bytes}"
+    if not _within((launch.shared_bytes,), 0, (chip.shared_bytes - static,)):
+        raise refused(
+            launch.kernel,
+            f"{static} + {launch.shared_bytes} bytes of static and dynamic shared memory; a block on {chip.name} "
+            f"({chip.arch}) can have {chip.shared_bytes}",
         )
 
 
@@ -84,21 +95,55 @@ def registers_at_launch(launch: LaunchSpec, module: Module, facts: KernelFacts) 
 def _check_cluster(launch: LaunchSpec, chip: Chip) -> None:
     blocks = prod(launch.cluster)
     if blocks > 1 and int("".join(c for c in chip.arch if c.isdigit())) < 90:
-        raise LaunchLimit(f"{launch.kernel}: clusters of blocks, and {chip.name} ({chip.arch}) has none")
-    if not 1 <= blocks <= CLUSTER_BLOCKS:
-        raise LaunchLimit(f"{launch.kernel}: a cluster of {launch.cluster} blocks; it has 1 to {CLUSTER_BLOCKS}")
+        raise refused(launch.kernel, f"clusters of blocks, and {chip.name} ({chip.arch}) has none")
+    if not _within(launch.cluster, 1, (CLUSTER_BLOCKS,) * 3) or blocks > CLUSTER_BLOCKS:
+        raise refused(launch.kernel, f"a cluster of {launch.cluster} blocks; it has 1 to {CLUSTER_BLOCKS}")
 
 
 def check_launch(launch: LaunchSpec, arguments: Sequence[object], grid: Sequence[int]) -> tuple[int, int, int]:
-    """Checks the arguments' number and the grid, which it returns. Raises LaunchLimit."""
+    """Checks the arguments and the grid, which it returns. Raises LaunchLimit."""
     if len(arguments) != len(launch.args):
-        raise LaunchLimit(f"{launch.kernel} takes {len(launch.args)} arguments, and was given {len(arguments)}")
-    x, y, z = (*grid, 1, 1)[:3]
-    if any(not 0 <= blocks <= limit for blocks, limit in zip((x, y, z), GRID_EXTENT, strict=True)):
-        raise LaunchLimit(f"{launch.kernel}: a grid of {(x, y, z)} blocks; the limit is {GRID_EXTENT}")
-    if any(blocks % cluster for blocks, cluster in zip((x, y, z), launch.cluster, strict=True)):
-        raise LaunchLimit(f"{launch.kernel}: a grid of {(x, y, z)} blocks is not made of clusters of {launch.cluster}")
+        raise refused(launch.kernel, f"it takes {len(launch.args)} arguments, and was given {len(arguments)}")
+    for i, (arg, value) in enumerate(zip(launch.args, arguments, strict=True)):
+        if problem := _misfit(arg, value):
+            raise refused(launch.kernel, f"argument {i} is {problem}")
+    blocks = (*grid, 1, 1)[: max(3, len(grid))] if grid else ()
+    if not _within(blocks, 0, GRID_EXTENT):
+        raise refused(launch.kernel, f"a grid of {tuple(grid)} blocks; the limit is {GRID_EXTENT}")
+    x, y, z = map(int, blocks)
+    if any(n % cluster for n, cluster in zip((x, y, z), launch.cluster, strict=True)):
+        raise refused(launch.kernel, f"a grid of {(x, y, z)} blocks is not made of clusters of {launch.cluster}")
     return x, y, z
+
+
+def _within(values: Sequence[object], least: int, most: Sequence[int]) -> bool:
+    """Whether these are as many whole numbers, none of them out of its range."""
+    return len(values) == len(most) and all(
+        isinstance(value, Integral) and least <= int(value) <= limit for value, limit in zip(values, most, strict=True)
+    )
+
+
+def _misfit(arg: Arg, value: object) -> str:
+    """What is wrong with the value of an argument; "" if nothing is."""
+    if isinstance(arg, BufferArg | TensorMapArg):
+        if isinstance(value, torch.Tensor):
+            fits = _alike(value.dtype, arg.dtype)
+            return "" if fits else f"`{arg.buffer}` of {arg.dtype}, and was given a tensor of {value.dtype}"
+        fits = isinstance(value, Buffer) or (isinstance(value, EncodedMap) and isinstance(arg, TensorMapArg))
+        return "" if fits else f"`{arg.buffer}`, a tensor, and was given {value!r:.60}"
+    if isinstance(value, torch.Tensor | Buffer | EncodedMap):
+        return "a number, and was given memory"
+    if isinstance(arg, SizeArg):
+        fits = _within((value,), -(2**63), (2**63 - 1,))
+        return "" if fits else f"a whole number of 64 bits, and was given {value!r:.60}"
+    fits = isinstance(value, Real) and not (isinstance(value, int) and abs(value) >= 2**1023)
+    return "" if fits else f"a number of {arg.dtype}, and was given {value!r:.60}"
+
+
+def _alike(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a kernel may take one for the other: integers of one size, since torch does little with unsigned ones."""
+    integers = not any(dtype.is_floating_point or dtype.is_complex for dtype in (one, other))
+    return one == other or (integers and one.itemsize == other.itemsize)
 
 
 def _bytes(arg: Arg) -> int:

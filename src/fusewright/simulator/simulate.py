@@ -16,7 +16,7 @@ from fusewright.chip import CHIPS, DEFAULT_ARCH, Chip
 from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg
 from fusewright.simulator import library, tensor_map
 from fusewright.simulator.buffer import Buffer
-from fusewright.simulator.errors import LaunchLimit, OrderDependentResult, Where
+from fusewright.simulator.errors import OrderDependentResult, Where
 from fusewright.simulator.limits import check_launch, check_module, registers_at_launch
 from fusewright.simulator.module import KernelFacts, Module, load_module
 from fusewright.simulator.report import error_of
@@ -78,8 +78,9 @@ class SimulatedKernel:
 
         arguments: one for each of the launch's: for a BufferArg a CPU tensor (or Buffer) that begins where the pointer
         points, for a TensorMapArg the same or an EncodedMap, for a SizeArg an int, for a FloatArg a float. An empty
-        grid does nothing.
-        Raises a SimulationError for a bug of the kernel, LaunchLimit for a grid that the chip would refuse.
+        grid, with 0 blocks along an axis, does nothing. An interrupt ends the launch: KeyboardInterrupt.
+        Raises a SimulationError for a bug of the kernel; it is a LaunchLimit for a grid that the chip would refuse or
+        an argument that does not fit.
         """
         blocks = check_launch(self.launch, arguments, grid)
         if 0 in blocks:
@@ -118,7 +119,8 @@ class SimulatedKernel:
         self, arguments: Sequence[Value], buffers: Sequence[Buffer | None], grid: tuple[int, int, int], order: int
     ) -> None:
         values = [
-            _passed(arg, value, buffer) for arg, value, buffer in zip(self.launch.args, arguments, buffers, strict=True)
+            _passed(arg, value, buffer, self.launch.kernel)
+            for arg, value, buffer in zip(self.launch.args, arguments, buffers, strict=True)
         ]
         pointers = (ctypes.c_void_p * len(values))(*(address for _, address in values))
         ranges = [
@@ -156,6 +158,8 @@ class SimulatedKernel:
         )
         failure = library.Failure()
         if self.module.runtime.fusewright_simulator_launch(ctypes.byref(launch), ctypes.byref(failure)):
+            if failure.kind == library.INTERRUPTED:
+                raise KeyboardInterrupt
             raise error_of(failure, self.launch.kernel, self.module)
 
     def _compare(self, first: Sequence[bytes], after: Sequence[bytes], order: int) -> None:
@@ -167,7 +171,7 @@ class SimulatedKernel:
             raise OrderDependentResult(
                 f"{self.launch.kernel}: element {at} of `{arg.buffer}` differs between orders {self.orders[0]} and "
                 f"{order} of the same threads and blocks",
-                Where(self.launch.kernel, (0, 0, 0), (0, 0, 0), ""),
+                Where(self.launch.kernel),
             )
 
 
@@ -175,22 +179,20 @@ def _writes(arg: Arg) -> bool:
     return isinstance(arg, BufferArg | TensorMapArg) and arg.written
 
 
-def _passed(arg: Arg, value: Value, buffer: Buffer | None) -> tuple[Any, int]:
+def _passed(arg: Arg, value: Value, buffer: Buffer | None, kernel: str) -> tuple[Any, int]:
     """What is passed for one argument: the object that holds it, and the address of the value in there."""
     if isinstance(arg, TensorMapArg):
-        encoded = value if isinstance(value, EncodedMap) else encode(arg, cast(Buffer, buffer))
+        encoded = value if isinstance(value, EncodedMap) else encode(arg, cast(Buffer, buffer), kernel)
         held: Any = ctypes.create_string_buffer(encoded.data, len(encoded.data) + tensor_map.ALIGNMENT)
         address = ctypes.addressof(held)
         shift = -address % tensor_map.ALIGNMENT
         ctypes.memmove(address + shift, encoded.data, len(encoded.data))
         return held, address + shift
-    held = ctypes.c_void_p(buffer.pointer) if buffer is not None else _scalar(arg, value)
+    held = ctypes.c_void_p(buffer.pointer) if buffer is not None else _scalar(arg, cast(float, value))
     return held, ctypes.addressof(held)
 
 
-def _scalar(arg: Arg, value: Value) -> ctypes.c_int64 | ctypes.c_float | ctypes.c_double:
-    if isinstance(value, torch.Tensor | Buffer | EncodedMap):
-        raise LaunchLimit("a size or number of the launch was given as memory")
+def _scalar(arg: Arg, value: float) -> ctypes.c_int64 | ctypes.c_float | ctypes.c_double:
     if isinstance(arg, FloatArg):
         return ctypes.c_double(value) if arg.dtype == torch.float64 else ctypes.c_float(value)
     return ctypes.c_int64(int(value))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusewright.codegen.launch import TensorMapArg
 from fusewright.simulator.buffer import Buffer
-from fusewright.simulator.errors import LaunchLimit
+from fusewright.simulator.errors import LaunchLimit, Where
 
 BYTES, ALIGNMENT = 128, 64
 _MAGIC = 0x70616D5F72736E74
@@ -24,8 +24,8 @@ class EncodedMap:
     buffer: Buffer
 
 
-def encode(arg: TensorMapArg, buffer: Buffer) -> EncodedMap:
-    """Returns the map of `arg`, whose sizes are numbers, of the tensor that begins with the buffer.
+def encode(arg: TensorMapArg, buffer: Buffer, kernel: str = "") -> EncodedMap:
+    """Returns the map of `arg`, whose sizes are numbers, of the tensor that begins with the buffer. kernel: takes it.
 
     Raises LaunchLimit for what the driver refuses, and for boxes narrower than their swizzle, which are not modelled.
     """
@@ -52,7 +52,8 @@ def encode(arg: TensorMapArg, buffer: Buffer) -> EncodedMap:
     for met, problem in rules:
         if not met:
             raise LaunchLimit(
-                f"the tensor map of {arg.buffer}, {dims} by strides of {strides} bytes in boxes of {box}, {problem}"
+                f"the tensor map of {arg.buffer}, {dims} by strides of {strides} bytes in boxes of {box}, {problem}",
+                Where(kernel),
             )
 
     def padded(values: list[int], length: int) -> list[int]:

@@ -21,9 +21,11 @@ DEVICE_CODE = Path(__file__).parent.parent / "cuda"
 # Contraction is off: what the source writes as a product and a sum is rounded twice, and what it writes as fma once.
 # A call that ends a function stays a call: return addresses tell where the kernel stands. Structures stay whole
 # (no-tree-sra), so that the instrumentation sees a 16-byte access as one.
+# Overruns of local arrays, stacks that overflow and accesses through null are found, and not taken as undefined.
 KERNEL_FLAGS = ("-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fno-exceptions",
                 "-fno-optimize-sibling-calls", "-fPIC", "-fvisibility=hidden", "-fsanitize=thread,alignment",
-                "-fno-sanitize-recover=all", "-w")  # fmt: skip
+                "-fno-sanitize-recover=all", "-fno-delete-null-pointer-checks", "-fstack-clash-protection",
+                "-fstack-protector-strong", "-w")  # fmt: skip
 GCC_FLAGS = ("-fno-tree-sra", "-fno-gnu-unique", "-fno-extern-tls-init", "-fno-ipa-icf", "-fno-plt",
              "--param=tsan-instrument-func-entry-exit=0")  # fmt: skip
 CLANG_FLAGS = ("-mllvm", "-tsan-instrument-func-entry-exit=0")

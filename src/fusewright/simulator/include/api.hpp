@@ -35,6 +35,7 @@ const Exchange& exchange(const char* operation, uint32_t mask, uint64_t value, S
 // Reports a bug of the kernel and never returns. The text goes on from "thread … ".
 [[noreturn]] void fail_undefined(const char* text);
 [[noreturn]] void fail_trap(const char* text);
+[[noreturn]] void fail_local_overrun(const void* place);
 
 // Checks a read and write of one atomic operation.
 void check_atomic(const void* pointer, size_t bytes);

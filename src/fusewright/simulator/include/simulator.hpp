@@ -63,6 +63,11 @@ FUSEWRIGHT_COORDINATES grid_extents() { return dim3(grid_extent(0), grid_extent(
     ((condition) ? void(0) : ::fusewright_simulator::fail_trap("fails the assertion " #condition))
 __forceinline__ void __trap() { fusewright_simulator::fail_trap("executes __trap()"); }
 
+// -fstack-protector: a function that returns finds what lies beside its local arrays overwritten.
+extern "C" [[noreturn]] __attribute__((visibility("hidden"), used, noinline)) void __stack_chk_fail() {
+    fusewright_simulator::fail_local_overrun(__builtin_return_address(0));
+}
+
 namespace fusewright_simulator {
 
 // The arguments of __launch_bounds__: threads, blocks.

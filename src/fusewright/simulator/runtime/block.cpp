@@ -12,7 +12,7 @@ namespace fusewright_simulator {
 namespace {
 
 struct Module {
-    uintptr_t address, begin, end;
+    uintptr_t address, begin, end, code_begin, code_end;
 };
 
 int find_module(dl_phdr_info* info, size_t, void* data) {
@@ -21,7 +21,9 @@ int find_module(dl_phdr_info* info, size_t, void* data) {
         const auto& header = info->dlpi_phdr[i];
         const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
         if (header.p_type != PT_LOAD) continue;
-        if (module.address - begin < header.p_memsz) module.begin = module.end = begin;
+        if (module.address - begin >= header.p_memsz) continue;
+        module.begin = module.end = module.code_begin = begin;
+        module.code_end = begin + header.p_memsz;
     }
     if (!module.begin) return 0;
     for (int i = 0; i < info->dlpi_phnum; ++i) {
@@ -42,11 +44,20 @@ uint64_t flatten(Index at, const uint32_t (&extent)[3]) {
     return (uint64_t(at[2]) * extent[1] + at[1]) * extent[0] + at[0];
 }
 
+// Bytes by which an access lies outside a piece of memory.
+uint64_t gap(uint64_t address, uint64_t bytes, uint64_t begin, uint64_t size) {
+    if (address < begin) return begin - address;
+    const uint64_t end = address + bytes;
+    return end > begin + size ? end - (begin + size) : 0;
+}
+
 std::string position(Index at) {
     return "(" + std::to_string(at[0]) + ", " + std::to_string(at[1]) + ", " + std::to_string(at[2]) + ")";
 }
 
 }  // namespace
+
+const char* const kLocalOverrun = "has written outside a local array, over what lies beside it";
 
 std::string source(const char* pc) {
     Dl_info info;
@@ -62,10 +73,12 @@ Block::Block(Cluster& cluster) : shadow(*this, cluster.clock), cluster_(cluster)
 void Block::begin_launch(const SimulatorLaunch& launch) {
     launch_ = &launch;
     shared_ = reinterpret_cast<uintptr_t>(launch.anchor()) - launch.anchor_offset;
-    Module module{reinterpret_cast<uintptr_t>(launch.entry), 0, 0};
+    Module module{reinterpret_cast<uintptr_t>(launch.entry), 0, 0, 0, 0};
     dl_iterate_phdr(find_module, &module);
     module_begin_ = module.begin;
     module_end_ = module.end;
+    code_begin_ = module.code_begin;
+    code_end_ = module.code_end;
     readable = writable = {};
 
     const size_t count = size_t(launch.block[0]) * launch.block[1] * launch.block[2];
@@ -100,6 +113,7 @@ void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
     shadow.begin_block(rank);
     shuffle_threads();
     ready_.clear();
+    gave_way_.clear();
     std::fill(live_lanes_.begin(), live_lanes_.end(), 0);
     std::fill(exchange_lanes_.begin(), exchange_lanes_.end(), 0);
     const auto base = static_cast<uint32_t>(rank * clock_.stride());
@@ -107,7 +121,10 @@ void Block::begin_block(Index index, unsigned rank, SimulatorFailure& failure) {
         static_cast<Agent&>(thread) = {base + thread.index, static_cast<uint16_t>(rank), clock_.now()};
         thread.state = Thread::kReady;
         thread.stack = nullptr;
-        thread.uncommitted = thread.atomics = 0;
+        thread.uncommitted = 0;
+        thread.fuel = kTurn;
+        thread.recent.clear();
+        thread.fault.signal = 0;
         thread.alone = false;
         thread.action = nullptr;
         thread.polled = ~uint64_t(0);
@@ -144,6 +161,7 @@ void Block::shuffle_threads() {
 void Block::run_ready() {
     while (!ready_.empty() && !failed_) {
         Thread& thread = *ready_.front();
+        if (interrupted()) return set_failure(thread, Failure::kInterrupted, nullptr, "");
         ready_.pop_front();
         resume(thread);
         if (thread.state == Thread::kFinished && thread.stack) {
@@ -186,7 +204,9 @@ void Block::resume(Thread& thread) {
         thread.stack->thread = &thread;
         prepare_context(thread.context, thread.stack, &Block::thread_main);
     }
+    running = &thread;
     switch_context(scheduler_, thread.context);
+    running = nullptr;
 }
 
 void Block::thread_main() {
@@ -227,6 +247,29 @@ void Block::fail(Thread& thread, int kind, const char* pc, const std::string& me
     __builtin_trap();  // the scheduler never resumes a thread of a failed block
 }
 
+void Block::report_fault() {
+    Thread& thread = *current_thread();
+    thread.block->report_fault(thread);
+}
+
+void Block::report_fault(Thread& thread) {
+    const Fault& fault = thread.fault;
+    if (fault.signal == SIGINT) fail(thread, Failure::kInterrupted, fault.pc, "");
+    if (fault.signal == SIGFPE)
+        fail(thread, Failure::kUndefined, fault.pc, "divides an integer by zero, or the least one by -1");
+    if (fault.signal == SIGILL)
+        fail(thread, Failure::kUndefined, fault.pc, "runs into a trap, which compilers put where only undefined behaviour leads");
+    if (lowest(thread.stack) - fault.address - 1 < kStackGuardBytes)
+        fail(thread, Failure::kStackOverflow, fault.pc,
+             "needs more than " + std::to_string((kStackBytes - kStackGuardBytes) / 1024) +
+                 " KiB of local memory: recursion without end, or arrays as large");
+    if (fault.smashed) fail(thread, Failure::kOutOfBounds, fault.pc, kLocalOverrun);
+    if (fault.call)
+        fail(thread, Failure::kUndefined, fault.pc,
+             std::string("calls a function through a ") + (fault.address ? "wild" : "null") + " pointer");
+    fail(thread, Failure::kOutOfBounds, fault.pc, "uses an address where there is no memory");
+}
+
 std::string Block::name(size_t thread) const { return "thread " + position(threads_[thread].position); }
 
 std::string Block::agent_name(size_t agent) const {
@@ -241,21 +284,39 @@ std::string Block::agent_name(size_t agent) const {
 
 std::string Block::title() const { return "block " + position(index_); }
 
-std::string Block::describe_shared(size_t offset) const {
-    const SimulatorVariable* nearest = nullptr;
-    auto distance = [&](const SimulatorVariable& v) {
-        if (offset < v.offset) return v.offset - offset;
-        return offset < v.offset + v.bytes ? 0 : offset - (v.offset + v.bytes) + 1;
-    };
+Block::Place Block::nearest_variable(uintptr_t address, size_t bytes) const {
+    Place nearest;
     for (uint64_t i = 0; i < launch_->variable_count; ++i) {
-        const SimulatorVariable& variable = launch_->variables[i];
-        if (!variable.name) continue;
-        if (!nearest || distance(variable) < distance(*nearest)) nearest = &variable;
+        const SimulatorVariable& v = launch_->variables[i];
+        const uint64_t distance = gap(address, bytes, shared_ + v.offset, v.bytes);
+        if (v.name && distance < nearest.distance)
+            nearest = {std::string("shared `") + v.name + "`", shared_ + v.offset, v.bytes, distance};
     }
-    if (!nearest) return "shared memory, of which it has none";
-    const auto at = static_cast<int64_t>(offset - nearest->offset);
-    std::string text = "byte " + std::to_string(at) + " of shared `" + nearest->name + "`";
-    return distance(*nearest) ? text + ", which has " + std::to_string(nearest->bytes) + " bytes" : text;
+    return nearest;
+}
+
+std::string Block::describe_shared(size_t offset) const {
+    const Place nearest = nearest_variable(shared_ + offset, 1);
+    return nearest.name.empty() ? "shared memory, of which it has none" : describe_in(nearest, shared_ + offset);
+}
+
+std::string Block::describe(uintptr_t address, size_t bytes) const {
+    Place nearest = nearest_variable(address, bytes);
+    for (uint64_t i = 0; i < launch_->range_count; ++i) {
+        const SimulatorRange& range = launch_->ranges[i];
+        const uint64_t distance = gap(address, bytes, range.begin, range.bytes);
+        if (distance < nearest.distance)
+            nearest = {std::string("`") + range.name + "`", range.begin, range.bytes, distance};
+    }
+    constexpr uint64_t kFar = 1 << 28;
+    return nearest.distance < kFar ? describe_in(nearest, address)
+                                   : "an address that is in none of the launch's buffers";
+}
+
+std::string Block::describe_in(const Place& place, uintptr_t address) {
+    const std::string text =
+        "byte " + std::to_string(static_cast<int64_t>(address - place.begin)) + " of " + place.name;
+    return place.distance ? text + ", which has " + std::to_string(place.bytes) + " bytes" : text;
 }
 
 void Block::finish_thread(Thread& thread) {

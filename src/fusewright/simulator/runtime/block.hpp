@@ -13,12 +13,14 @@
 #include "hopper.hpp"
 #include "launch.hpp"
 #include "shadow.hpp"
+#include "signals.hpp"
 
 namespace fusewright_simulator {
 
 struct Failure {
     // The order is that of ERRORS in fusewright/simulator/library.py.
     enum Kind {
+        kInterrupted = -1,
         kNone,
         kDeadlock,
         kDivergence,
@@ -32,16 +34,22 @@ struct Failure {
         kTrap,
         kOperand,
         kFence,
-        kPhase
+        kPhase,
+        kStackOverflow
     };
 };
 
 // Behind each variable in shared memory lie so many bytes of nothing (GUARD_BYTES in fusewright/simulator/assembly.py).
 constexpr size_t kGuardBytes = 256;
+// What a thread may spend before it gives way, at an access. Accesses cost 1; what threads wait with costs more. A prime,
+// so that the ends of turns do not keep step with a loop.
+constexpr int32_t kTurn = 4093, kAtomicCost = 16, kCollectiveCost = 64;
 
 class Block;
 class Cluster;
 using Index = std::array<unsigned, 3>;
+
+extern const char* const kLocalOverrun;
 
 // Names the source line of a code address in a message: Python replaces `{pc:…}`.
 std::string source(const char* pc);
@@ -54,9 +62,10 @@ struct AsyncCopy {
 };
 
 struct Thread : Agent {
-    enum State : uint8_t { kReady, kAtBarrier, kInExchange, kAtMbarrier, kAtCluster, kForRegisters, kFinished };
+    enum State : uint8_t { kReady, kAtBarrier, kInExchange, kAtMbarrier, kAtCluster, kForRegisters, kGaveWay, kFinished };
 
     Block* block;
+    int32_t fuel;  // what it may still spend on accesses before it gives way
     uint16_t index;  // within the block; x runs fastest
     State state;
     uint32_t turn;  // in this schedule
@@ -89,8 +98,10 @@ struct Thread : Agent {
     std::deque<unsigned> group_sizes;  // committed groups, oldest first
     unsigned uncommitted;
 
-    uint32_t atomics;  // operations in this block
-    bool alone;        // has waited until the launch before this one had ended
+    std::vector<uint64_t> recent;  // what it saw at the ends of its turns, each once, the latest last
+    uintptr_t address;             // of its access at the end of the last one
+    Fault fault;
+    bool alone;  // has waited until the launch before this one had ended
 
     unsigned lane() const { return index % 32; }
     [[noreturn]] void fail(int kind, const char* pc, const std::string& message);
@@ -119,8 +130,12 @@ class Block {
     void async_copy(Thread& thread, char* destination, const char* source, unsigned bytes, unsigned source_bytes,
                     const char* pc);
     void async_wait(Thread& thread, unsigned pending, const char* pc);
-    // Counts an atomic operation: whoever waits in a loop of them lets the others run, and is found if that is no help.
-    void count_atomic(Thread& thread, const char* pc);
+    // Ends a thread's turn after so many accesses: whoever waits for memory to change must let the others run.
+    void give_way(Thread& thread, uintptr_t address, size_t bytes, const char* pc);
+    size_t gave_way() const { return gave_way_.size(); }
+    void next_turns();  // makes those ready who gave way
+    // Goes on in the fiber of a thread that got a signal.
+    static void report_fault();
     void access(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
     [[noreturn]] void fail(Thread& thread, int kind, const char* pc, const std::string& message);
     void set_failure(const Thread& thread, int kind, const char* pc, const std::string& message);
@@ -168,11 +183,13 @@ class Block {
     void make_ready(std::vector<Thread*>& threads);
     std::string waiting_for(const Thread& thread) const;
 
+    bool in_code(uintptr_t pc) const { return pc - code_begin_ < code_end_ - code_begin_; }
     bool holds(uintptr_t address) const { return address - shared_ < shadow.bytes(); }
     std::string name(size_t thread) const;             // "thread (3, 0, 0)"
     std::string agent_name(size_t agent) const;        // the same of any agent of the block
     std::string title() const;                         // "block (1, 0, 0)"
-    std::string describe_shared(size_t offset) const;  // "shared `tile` byte 12"
+    std::string describe_shared(size_t offset) const;  // "byte 12 of shared `tile`"
+    std::string describe(uintptr_t address, size_t bytes) const;  // the same of any memory
     const SimulatorLaunch& launch() const { return *launch_; }
     Index index() const { return index_; }
 
@@ -214,7 +231,14 @@ class Block {
     void check_warp_at_barrier(Thread& thread);
     void try_exchange(unsigned warp);
     void complete_exchange(unsigned warp, uint32_t mask, uint32_t present);
-    [[noreturn]] void report_global(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc);
+    [[noreturn]] void report_fault(Thread& thread);
+    // A piece of memory that has a name, and how far from some access it lies; 0: all of the access is in there.
+    struct Place {
+        std::string name;
+        uint64_t begin = 0, bytes = 0, distance = ~uint64_t(0);
+    };
+    Place nearest_variable(uintptr_t address, size_t bytes) const;
+    static std::string describe_in(const Place& place, uintptr_t address);
     void drop_copies();
     static void thread_main();
 
@@ -223,13 +247,14 @@ class Block {
     unsigned rank_ = 0;  // in the cluster
     const SimulatorLaunch* launch_ = nullptr;
     uintptr_t shared_ = 0;  // address of the module's thread-local storage on this OS thread
-    uintptr_t module_begin_ = 0, module_end_ = 0;
+    uintptr_t module_begin_ = 0, module_end_ = 0, code_begin_ = 0, code_end_ = 0;
     bool resident_ = true;
     std::vector<char> saved_;  // shared memory, while others are resident
     Index index_{};
     std::vector<Thread> threads_;
     std::vector<Thread*> order_;  // by rank
     std::deque<Thread*> ready_;
+    std::vector<Thread*> gave_way_;
     std::array<Barrier, 16> barriers_;
     std::vector<uint32_t> live_lanes_;      // by warp: not finished
     std::vector<uint32_t> exchange_lanes_;  // by warp: waiting in an exchange

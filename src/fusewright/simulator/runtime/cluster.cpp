@@ -19,7 +19,8 @@ bool Cluster::run(uint64_t index, SimulatorFailure& failure) {
     failed_ = false;
     arrived_.clear();
     loads.clear();
-    progress = 0;
+    progress = idle_turns_ = 0;
+    news = false;
     const size_t threads = size_t(launch_->block[0]) * launch_->block[1] * launch_->block[2];
     clock.begin(size(), threads + (threads + 31) / 32 + kMostMbarriers);
     Index first{}, inside{};
@@ -37,11 +38,11 @@ bool Cluster::run(uint64_t index, SimulatorFailure& failure) {
         blocks_[rank]->begin_block(inside, rank, failure);
     }
     resident_ = blocks_[0].get();
-    while (!failed_ && (run_blocks() || land_loads() || time_out())) {
+    while (!failed_ && (run_blocks() || next_turns(false) || land_loads() || time_out() || next_turns(true))) {
     }
     if (!failed_ && live() > 0) {
         failed_ = true;
-        report_deadlock(failure);
+        report_deadlock();
     }
     enter(*blocks_[0]);
     for (const BulkLoad& load : loads)  // after a failure: as if never written
@@ -116,6 +117,19 @@ bool Cluster::time_out() {
     return any;
 }
 
+// Those who gave way go on. waiting: even if they seem to wait, until they have for so long that they always will.
+bool Cluster::next_turns(bool waiting) {
+    size_t turns = 0;
+    for (auto& block : blocks_) turns += block->gave_way();
+    if (!turns || (!news && !waiting)) return false;
+    constexpr uint64_t kPatience = 1 << 13, kOfEach = 64;
+    idle_turns_ = news ? 0 : idle_turns_ + turns;
+    news = false;
+    if (idle_turns_ >= std::max(kPatience, kOfEach * live())) return false;
+    for (auto& block : blocks_) block->next_turns();
+    return true;
+}
+
 void Cluster::synchronise(Thread& thread) {
     arrived_.push_back(&thread);
     ++progress;
@@ -135,17 +149,21 @@ void Cluster::check_barrier() {
     }
 }
 
-void Cluster::report_deadlock(SimulatorFailure& failure) {
+void Cluster::report_deadlock() {
     // One line for all who wait for the same thing at the same place.
     std::map<std::tuple<unsigned, int, uint64_t, uint32_t, const char*>, std::pair<const Thread*, unsigned>> groups;
     const Thread* first = nullptr;
+    bool looping = false;
     for (auto& block : blocks_)
         for (const Thread& thread : block->threads()) {
             if (thread.state == Thread::kFinished) continue;
-            if (!first) first = &thread;
+            // Best one who waits in a loop: others may only wait for that.
+            if (!first || (thread.state == Thread::kGaveWay && first->state != Thread::kGaveWay)) first = &thread;
+            looping |= thread.state == Thread::kGaveWay;
             uint64_t what = thread.index / 32;
             if (thread.state == Thread::kAtBarrier) what = thread.barrier;
             if (thread.state == Thread::kAtMbarrier) what = thread.mbarrier->offset;
+            if (thread.state == Thread::kGaveWay) what = thread.address;
             auto& group = groups[{block->rank(), thread.state, what,
                                   thread.state == Thread::kInExchange ? thread.mask : 0, thread.pc}];
             if (!group.first) group.first = &thread;
@@ -158,8 +176,9 @@ void Cluster::report_deadlock(SimulatorFailure& failure) {
                    thread->block->waiting_for(*thread);
         if (count > 1) message += ", and so do " + std::to_string(count - 1) + " more";
     }
-    first->block->set_failure(*first, Failure::kDeadlock, nullptr, message);
-    failure.pc = 0;
+    const uint64_t blocks = uint64_t(launch_->grid[0]) * launch_->grid[1] * launch_->grid[2];
+    if (looping && blocks > size()) message += "\n  Blocks run one after another: none can wait for a later one.";
+    first->block->set_failure(*first, Failure::kDeadlock, first->pc, message);
 }
 
 }  // namespace fusewright_simulator

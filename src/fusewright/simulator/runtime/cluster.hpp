@@ -16,6 +16,7 @@ class Cluster {
     Clock clock;
     std::vector<BulkLoad> loads;  // in flight, oldest first
     uint64_t progress = 0;        // grows whenever something happens that others may wait for
+    bool news = false;            // one of those who gave way saw something new
 
     size_t size() const { return blocks_.size(); }
     Block& block(unsigned rank) { return *blocks_[rank]; }
@@ -30,13 +31,15 @@ class Cluster {
     bool run_blocks();
     bool land_loads();
     bool time_out();
-    void report_deadlock(SimulatorFailure& failure);
+    bool next_turns(bool waiting);
+    void report_deadlock();
 
     const SimulatorLaunch* launch_ = nullptr;
     std::vector<std::unique_ptr<Block>> blocks_;
     Block* resident_ = nullptr;
     std::vector<Thread*> arrived_;  // at the cluster's barrier
     uint64_t index_ = 0;
+    uint64_t idle_turns_ = 0;  // in a row, in which nobody saw anything new
     bool failed_ = false;
 };
 

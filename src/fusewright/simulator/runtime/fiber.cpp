@@ -64,7 +64,7 @@ void prepare_context(Context& context, StackTop* stack, void (*entry)()) {
 
 StackTop* StackPool::take() {
     if (free_.empty()) {
-        // Many stacks at a time: one mapping, aligned by cutting. The lowest page of each catches an overflow.
+        // Many stacks at a time: one mapping, aligned by cutting. Guards below each and above the last.
         constexpr size_t kStacks = 64;
         constexpr size_t kBytes = (kStacks + 1) * kStackBytes;
         void* mapping = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE,
@@ -72,9 +72,11 @@ StackTop* StackPool::take() {
         if (mapping == MAP_FAILED) throw std::bad_alloc();
         mappings_.push_back(mapping);
         uintptr_t base = (reinterpret_cast<uintptr_t>(mapping) + kStackBytes - 1) & ~(kStackBytes - 1);
+        const uintptr_t end = base + kStacks * kStackBytes;
+        mprotect(reinterpret_cast<void*>(end), reinterpret_cast<uintptr_t>(mapping) + kBytes - end, PROT_NONE);
         for (size_t i = kStacks; i-- > 0;) {
             uintptr_t bottom = base + i * kStackBytes;
-            mprotect(reinterpret_cast<void*>(bottom), 4096, PROT_NONE);
+            mprotect(reinterpret_cast<void*>(bottom), kStackGuardBytes, PROT_NONE);
             free_.push_back(reinterpret_cast<StackTop*>(bottom + kStackBytes) - 1);
         }
     }

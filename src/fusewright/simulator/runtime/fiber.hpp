@@ -14,6 +14,8 @@ struct Thread;
 // A stack is aligned to its size and its last word names the thread that runs on it, so a memory access finds its
 // thread from the stack pointer alone, with no thread-local lookup.
 constexpr uintptr_t kStackBytes = 256 * 1024;
+// The lowest bytes of each cannot be touched: as many as compilers let a function skip without a probe.
+constexpr uintptr_t kStackGuardBytes = 64 * 1024;
 
 struct StackTop {
     Thread* thread;
@@ -28,6 +30,11 @@ inline StackTop* current_stack() {
     auto pointer = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
 #endif
     return reinterpret_cast<StackTop*>((pointer | (kStackBytes - 1)) + 1) - 1;
+}
+
+// The lowest address of a stack that can be used.
+inline uintptr_t lowest(const StackTop* stack) {
+    return reinterpret_cast<uintptr_t>(stack + 1) - kStackBytes + kStackGuardBytes;
 }
 
 inline Thread* current_thread() { return current_stack()->thread; }

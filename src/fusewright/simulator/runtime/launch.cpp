@@ -68,7 +68,9 @@ int fusewright_simulator_launch(const SimulatorLaunch* launch, SimulatorFailure*
     // Workers take turns, and each stops at the earliest turn that failed: the report does not depend on their speed.
     std::atomic<uint64_t> first_failure{order.count};
     std::mutex mutex;
+    const SignalHandlers handlers;
     auto work = [&](uint64_t worker) {
+        const SignalStack stack;
         auto cluster = pool().take();
         cluster->begin_launch(*launch);
         bool sound = true;

@@ -40,7 +40,7 @@ struct SimulatorLaunch {
 };
 
 struct SimulatorFailure {
-    int32_t kind;  // an index into ERRORS in fusewright/simulator/library.py; 0: none
+    int32_t kind;  // an index into ERRORS in fusewright/simulator/library.py; 0: none; -1: interrupted
     uint32_t block[3];
     uint32_t thread[3];
     uint64_t pc;         // offset in the module of the instruction at fault; 0: none

@@ -1,4 +1,5 @@
 // Every access of instrumented kernel code arrives here: the functions that -fsanitize=thread calls.
+#include <algorithm>
 #include <cstring>
 
 #include "cluster.hpp"
@@ -60,36 +61,33 @@ void Block::access(Thread& thread, Access access, uintptr_t address, size_t byte
     if (read_only)
         fail(thread, Failure::kReadOnly, pc,
              std::string(verb(access)) + std::to_string(bytes) + " bytes of a buffer that the launch says it only reads");
-    report_global(thread, access, address, bytes, pc);
+    fail(thread, Failure::kOutOfBounds, pc,
+         verb(access) + std::to_string(bytes) + " bytes at " + describe(address, bytes));
 }
 
-void Block::report_global(Thread& thread, Access access, uintptr_t address, size_t bytes, const char* pc) {
-    const SimulatorRange* nearest = nullptr;
-    uint64_t least = ~uint64_t(0);
-    for (uint64_t i = 0; i < launch_->range_count; ++i) {
-        const SimulatorRange& range = launch_->ranges[i];
-        const uint64_t distance =
-            address < range.begin ? range.begin - address : address + bytes - (range.begin + range.bytes);
-        if (distance < least) least = distance, nearest = &range;
+void Block::give_way(Thread& thread, uintptr_t address, size_t bytes, const char* pc) {
+    thread.fuel += kTurn;
+    uint64_t value = 0;
+    std::memcpy(&value, reinterpret_cast<const void*>(address), std::min(bytes, sizeof value));
+    // Whoever has read the same from the same few places for many turns is waiting.
+    const uint64_t seen = address * 0x9e3779b97f4a7c15u ^ value * 0xc2b2ae3d27d4eb4fu;
+    constexpr size_t kFew = 16;
+    auto& recent = thread.recent;
+    if (std::find(recent.begin(), recent.end(), seen) == recent.end()) {
+        if (recent.size() == kFew) recent.erase(recent.begin());
+        recent.push_back(seen);
+        cluster_.news = true;
     }
-    std::string text = verb(access) + std::to_string(bytes) + " bytes ";
-    if (!nearest || least > (uint64_t(1) << 28))
-        text += "at an address that is in none of the launch's buffers";
-    else
-        text += "at byte " + std::to_string(static_cast<int64_t>(address - nearest->begin)) + " of `" + nearest->name +
-                "`, which has " + std::to_string(nearest->bytes) + " bytes";
-    fail(thread, Failure::kOutOfBounds, pc, text);
+    thread.address = address;
+    thread.pc = pc;
+    thread.state = Thread::kGaveWay;
+    gave_way_.push_back(&thread);
+    wait(thread);
 }
 
-void Block::count_atomic(Thread& thread, const char* pc) {
-    constexpr uint32_t kTurn = 1 << 8, kPatience = 1 << 22;
-    if (++thread.atomics % kTurn) return;
-    if (thread.atomics >= kPatience)
-        fail(thread, Failure::kDeadlock, pc,
-             "has executed " + std::to_string(thread.atomics) + " atomic operations and goes on: it waits for what no " +
-                 "thread of its block does (blocks run one after another)");
-    ready_.push_back(&thread);
-    wait(thread);
+void Block::next_turns() {
+    make_ready(gave_way_);
+    gave_way_.clear();
 }
 
 // ---- Asynchronous copies ----------------------------------------------------------------------------------------
@@ -184,15 +182,13 @@ namespace {
     if (aligned && address % bytes) report_misaligned(thread, access, bytes, pc);
     const Block::Span& last = access == Access::kRead ? block.readable : block.writable;
     if (!last.holds(address, bytes)) block.access(thread, access, address, bytes, pc);
+    if ((thread.fuel -= access == Access::kAtomic ? kAtomicCost : 1) <= 0) [[unlikely]]
+        block.give_way(thread, address, bytes, pc);
 }
 
 }  // namespace
 
-void check_atomic(const void* pointer, size_t bytes) {
-    check(Access::kAtomic, pointer, bytes, true, CALLER);
-    Thread& thread = *current_thread();
-    thread.block->count_atomic(thread, CALLER);
-}
+void check_atomic(const void* pointer, size_t bytes) { check(Access::kAtomic, pointer, bytes, true, CALLER); }
 
 }  // namespace fusewright_simulator
 

@@ -35,6 +35,7 @@ unsigned Block::barrier_sync(Thread& thread, unsigned id, unsigned threads, bool
     thread.site = site;
     thread.pc = pc;
     thread.predicate = predicate;
+    if (thread.fuel > 0) thread.fuel -= kCollectiveCost;
     if (waits) check_warp_at_barrier(thread);
     barrier.expected = threads;
     barrier.arrived.push_back(&thread);
@@ -101,6 +102,7 @@ const Exchange& Block::exchange(Thread& thread, const char* operation, uint32_t 
     thread.site = site;
     thread.pc = pc;
     thread.state = Thread::kInExchange;
+    if (thread.fuel > 0) thread.fuel -= kCollectiveCost;
     exchange_lanes_[warp] |= 1u << thread.lane();
     const uint32_t present = mask & live_lanes_[warp];
     if ((present & ~exchange_lanes_[warp]) == 0) {
@@ -157,6 +159,11 @@ std::string Block::waiting_for(const Thread& thread) const {
                std::to_string(barrier.expected) + " arrivals and " + std::to_string(barrier.bytes) +
                " bytes still to come";
     }
+    if (thread.state == Thread::kGaveWay) {
+        const bool local = reinterpret_cast<uintptr_t>(thread.stack) - thread.address < kStackBytes;
+        return text + "in a loop for memory to change, " +
+               (local ? "its own" : "at " + describe(thread.address, 1)) + place;
+    }
     if (thread.state == Thread::kAtCluster)
         return text + "at the cluster's barrier" + place + ", where " + std::to_string(cluster_.arrived()) + " of " +
                std::to_string(cluster_.live()) + " threads have arrived";
@@ -194,6 +201,9 @@ const Exchange& exchange(const char* operation, uint32_t mask, uint64_t value, S
 }
 
 void fail_undefined(const char* text) { current_thread()->fail(Failure::kUndefined, CALLER, text); }
+void fail_local_overrun(const void* place) {
+    current_thread()->fail(Failure::kOutOfBounds, static_cast<const char*>(place), kLocalOverrun);
+}
 void fail_trap(const char* text) { current_thread()->fail(Failure::kTrap, CALLER, text); }
 
 }  // namespace fusewright_simulator
