@@ -204,7 +204,7 @@ def test_writes_every_table_from_the_results(tmp_path: Path, results: Path) -> N
     document = _document(tmp_path, *table.TABLES)
     assert _run(document, results) == 0
     text = document.read_text()
-    assert "| float32, forward | 2.000 | – | – | 1.500 | – | 0.75× | 0.75× | 50% |" in text
+    assert "| float32, forward | 2.000 | – | – | 1.500 | – | 0.75× | 0.75× | – | 50% |" in text
     assert "| float32, forward | 2.000 | – | 1.750 | 1.250 | 1.40× |" in text
     assert "| float32 | 1.10× | 0.70× | – | – | 3 → 1 | 5 → 3 |" in text
     assert "| launch | 3.2 |" in text
