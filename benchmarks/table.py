@@ -60,7 +60,8 @@ CANDIDATES = {
 
 def headline(result: Result) -> str:
     """Milliseconds by dtype and mode."""
-    header = ["dtype, mode", *CANDIDATES.values(), "÷ eager", "÷ best baseline", "device alone ÷ eager's", "of the floor"]
+    titles = ["÷ eager", "÷ best baseline", "device alone ÷ eager's", "of the floor"]
+    header = ["dtype, mode", *CANDIDATES.values(), *titles]
     rows = []
     for dtype, found in result["dtypes"].items():
         for mode, measured in found["modes"].items():

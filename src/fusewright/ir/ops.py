@@ -158,8 +158,18 @@ def _gelu_backward(g: Value, x: Value, approximate: str = "none") -> Value:
     return g * (0.5 * (1 + t) + 0.5 * x * slope)
 
 
+def _tanh_softplus(x: Value) -> Value:
+    """tanh(log1p(e)) with e = exp(x), as the quotient that it is: in half the instructions.
+
+    Beyond 20 it is 1 in float64, too, and e² would overflow.
+    """
+    e = exp(minimum(x, 20))
+    n = e * (e + 2)
+    return n / (n + 2)
+
+
 def _mish_backward(g: Value, x: Value) -> Value:
-    t = tanh(log1p(exp(x)))
+    t = _tanh_softplus(x)
     return g * (t + x * _sigmoid(x) * (1 - t * t))
 
 
@@ -372,7 +382,7 @@ ROWS: dict[str, Row] = {
     "tanh_backward": Row(lambda g, y: g * (1 - y * y)),
     "silu": Row(lambda x: x / (1 + exp(-x))),
     "silu_backward": Row(_silu_backward),
-    "mish": Row(lambda x: x * tanh(log1p(exp(x)))),
+    "mish": Row(lambda x: x * _tanh_softplus(x)),
     "mish_backward": Row(_mish_backward),
     "gelu": Row(_gelu),
     "gelu_backward": Row(_gelu_backward),
