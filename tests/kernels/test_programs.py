@@ -196,3 +196,16 @@ def test_library_keeps_the_precision_of_the_region() -> None:
     assert found.library is not None
     (workspace,) = found.workspaces
     assert workspace.dtype == torch.float32 or found.library.bias is not None
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sums", "threads"),
+    [(1024, 512, 1, 512), (64, 512, 1, 256), (512, 1 << 15, 1, 256), (512, 64, 6, 256)],
+)
+def test_column_sums_keep_loads_under_way(rows: int, columns: int, sums: int, threads: int) -> None:
+    """Blocks have more threads where there are few of them; not of short columns, nor for many sums."""
+    run, record = planned(lambda x: [(x * (i + 2)).sum(0) for i in range(sums)])
+    run(torch.zeros(rows, columns))
+    (program,) = programs(record.plans[0])
+    assert program.launches[0].block == (threads, 1, 1)
+    assert f"ColumnSum<Epilogue, {threads}, " in program.launches[0].source

@@ -81,24 +81,33 @@ def _column_sum(region: Region, chip: Chip) -> Program:
     width = _width(region)
     strips = _ceil(region.columns, LANES * width)
     rows = _rows(region)
-    height = THREADS // LANES
+    threads = _sum_threads(region, strips, chip)
+    height = threads // LANES
     wanted = chip.multiprocessors / max(1.0, evaluate_typical(strips))
     splits = int(max(1, min(wanted, evaluate_typical(rows) // (4 * height))))
     if splits == 1:
-        return Program(
-            "column_sum", region, (_sum_launch(region, width, strips, 1, rows),), cost=_seconds(region, chip)
-        )
+        launch = _sum_launch(region, width, strips, 1, rows, threads)
+        return Program("column_sum", region, (launch,), cost=_seconds(region, chip))
     per_split = _ceil(rows, splits)
     partial = tuple(
         Buffer(f"partial{k}", (splits, region.columns), (region.columns, 1), s.value.dtype, torch.device("meta"))
         for k, s in enumerate(s for s in region.sinks if isinstance(s, ColumnSum))
     )
-    first = _sum_launch(region, width, strips, splits, per_split)
+    first = _sum_launch(region, width, strips, splits, per_split, threads)
     second_region = _second(region, partial, splits)
     second_width = _width(second_region)
     second_strips = _ceil(region.columns, LANES * second_width)
-    second = _sum_launch(second_region, second_width, second_strips, 1, splits)
+    second = _sum_launch(second_region, second_width, second_strips, 1, splits, THREADS)
     return Program("column_sum", region, (first, second), partial, _seconds(region, chip))
+
+
+def _sum_threads(region: Region, strips: Size, chip: Chip) -> int:
+    """Twice as many where there are few blocks a multiprocessor and rows enough: else too few loads are under way. Not
+    for many sums, which take registers and shared memory."""
+    few = evaluate_typical(strips) < 4 * chip.multiprocessors
+    tall = evaluate_typical(_rows(region)) >= 8 * THREADS // LANES
+    light = sum(isinstance(s, ColumnSum) for s in region.sinks) <= 4
+    return 2 * THREADS if few and tall and light else THREADS
 
 
 def _second(region: Region, partial: Sequence[Buffer], splits: int) -> Region:
@@ -115,17 +124,17 @@ def _second(region: Region, partial: Sequence[Buffer], splits: int) -> Region:
 
 
 def _sum_launch(
-    region: Region, width: int, strips: Size, splits: int, rows_per_split: Size, wide: bool = True
+    region: Region, width: int, strips: Size, splits: int, rows_per_split: Size, threads: int, wide: bool = True
 ) -> LaunchSpec:
     body = functor(region, width, wide=wide, partial=splits > 1)
     sums = [s for s in region.sinks if isinstance(s, ColumnSum)]
-    alias = f"using Kernel = fusewright::ColumnSum<Epilogue, {THREADS}, {width}, {C_TYPES[sums[0].value.dtype]}>;"
+    alias = f"using Kernel = fusewright::ColumnSum<Epilogue, {threads}, {width}, {C_TYPES[sums[0].value.dtype]}>;"
     sizes = ("rows", "cols", "rows_per_split")
     return LaunchSpec(
         kernel=region.name,
         source=_unit("column_sum.cuh", body, alias, region, sizes),
         grid=(strips, splits, 1),
-        block=(THREADS, 1, 1),
+        block=(threads, 1, 1),
         args=(
             SizeArg(_rows(region)),
             SizeArg(region.columns),
@@ -133,7 +142,7 @@ def _sum_launch(
             *(p.arg for p in body.parameters),
         ),
         comment=comment(region),
-        unaligned=_sum_launch(region, width, strips, splits, rows_per_split, wide=False)
+        unaligned=_sum_launch(region, width, strips, splits, rows_per_split, threads, wide=False)
         if wide and body.aligned
         else None,
     )
