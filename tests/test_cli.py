@@ -456,7 +456,8 @@ def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     refused = run("cache", "clear")  # nobody can be asked
     assert refused.code == 2 and "--yes" in refused.err and "2 entries" in refused.err
     unknown = run("cache", "clear", "--kind", "cubins", "--yes")
-    assert unknown.code == 2 and "its kinds are: cubin, tuning" in unknown.err
+    assert unknown.code == 2 and "its kinds are: cubin, simulator, tuning" in unknown.err
+    assert run("cache", "clear", "--kind", "simulator", "--yes").code == 0  # nothing is there
     assert "removed 1 entries" in run("cache", "clear", "--kind", "cubin", "--yes").out
     assert [(k.kind, k.entries) for k in stored()] == [("cubin", 0), ("tuning", 1)]
     for answer, left in (("n", 1), ("y", 0)):

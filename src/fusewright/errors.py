@@ -28,7 +28,7 @@ class MixedDevices(FusewrightError):
 
 
 class UnexpectedTensor(FusewrightError):
-    """A backward got a tensor of another kind, dtype or shape than the graph was compiled for."""
+    """A compiled graph got a tensor of another kind, dtype, shape or device than it was compiled for."""
 
 
 class OverwrittenInBackward(FusewrightError):

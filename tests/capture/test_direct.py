@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fusewright.capture import backend, direct
 
@@ -178,13 +177,6 @@ def test_a_model_that_leaves_gradients_switched_off() -> None:
         finally:
             torch.set_grad_enabled(True)
         y.sum().backward()
-
-
-def test_forward_mode_is_refused() -> None:
-    run = torch.compile(torch.sin, backend="fusewright", options=SIMULATE)
-    run(torch.randn(4))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse mode only"):
-        run(forward_ad.make_dual(torch.randn(4), torch.ones(4)))
 
 
 def test_results_are_like_eagers() -> None:

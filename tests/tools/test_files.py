@@ -88,3 +88,18 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
         assert os.read(reader, 100) == b"text" and pipe.is_fifo()
     finally:
         os.close(reader)
+
+
+def test_a_pipe_behind_a_descriptor_is_written_to() -> None:
+    """As /dev/stdout is where a command stands before another one's pipe."""
+    reader, writer = os.pipe()
+    try:
+        path = Path(f"/dev/fd/{writer}")
+        if not path.exists():
+            pytest.skip("there is no /dev/fd")
+        check_output(path)
+        write(path, "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+        os.close(writer)

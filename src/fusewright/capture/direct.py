@@ -14,7 +14,7 @@ import torch._dynamo  # before what it imports itself
 from torch import Tensor, fx
 from torch._functorch._aot_autograd import runtime_wrappers
 from torch._functorch._aot_autograd.utils import saved_tensors_hooks_are_inlineable, top_saved_tensors_hooks
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusewright.capture.arguments import lay_out, tangents
@@ -69,7 +69,7 @@ class Direct:
 
     def _choose(self) -> None:
         assert self._forward is not None
-        forward = _without_duals(_marking(self._forward, [o.dynamic_dims for o in self._metadata.output_info]))
+        forward = _marking(self._forward, [o.dynamic_dims for o in self._metadata.output_info])
         if self._results is None:
             self.run = forward
             return
@@ -151,22 +151,6 @@ def _marking(run: Run, changing: Sequence[set[int] | None]) -> Run:
         return found
 
     return marked
-
-
-def _without_duals(run: Run) -> Run:
-    """Derivatives in forward mode would be lost."""
-
-    def call(*arguments: Any) -> Sequence[Any]:
-        if forward_ad._current_level >= 0:
-            for a in arguments:
-                if isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:  # type: ignore[no-untyped-call]
-                    raise RuntimeError(
-                        "fusewright compiles gradients in reverse mode only: call the model without torch.compile "
-                        "where derivatives in forward mode are needed"
-                    )
-        return run(*arguments)
-
-    return call
 
 
 def _function(forward: Run, backward: Run, results: int, differentiable: Sequence[int]) -> type[Function]:

@@ -33,4 +33,4 @@ def postponed() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         if came:
-            handler(signal.SIGINT, None)
+            signal.raise_signal(signal.SIGINT)

@@ -69,16 +69,18 @@ def cache_clear(
     json_: Json = None,
 ) -> None:
     """Remove what the cache holds. Programs that use it now go on, and compile again what they need."""
-    from fusewright.runtime.cache import clear, stored
+    from fusewright.runtime.cache import KINDS, clear, stored
     from fusewright.settings import cache_dir
     from fusewright.tools.units import size
 
     output = Output("cache clear", json_)
     everything = stored()
-    unknown = [k for k in kind or () if k not in {s.kind for s in everything}]
+    known = sorted({*KINDS, *(s.kind for s in everything)})
+    unknown = [k for k in kind or () if k not in known]
     if unknown:
-        kinds = ", ".join(s.kind for s in everything) or "none"
-        raise UnknownSetting(f"the cache has no kind {', '.join(map(repr, unknown))}; its kinds are: {kinds}")
+        raise UnknownSetting(
+            f"the cache has no kind {', '.join(map(repr, unknown))}; its kinds are: {', '.join(known)}"
+        )
     held = [k for k in everything if not kind or k.kind in kind]
     what = f"{sum(k.entries for k in held)} entries ({size(sum(k.bytes for k in held))}) from {cache_dir()}"
     if not yes:

@@ -30,6 +30,8 @@ MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a folder that is being written
 _ENTRY = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL)})?")
 
+KINDS = ("cubin", "simulator", "tuning")  # of what fusewright keeps
+
 Files = Mapping[str, bytes]
 
 

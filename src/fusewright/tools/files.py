@@ -24,7 +24,7 @@ def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> 
     target = out.resolve()
     why = "permission denied" if out.exists() and not os.access(out, os.W_OK) else ""
     try:
-        if not _is_stream(target):
+        if not _is_stream(out):
             with tempfile.TemporaryFile(dir=target.parent):  # os.access says yes of /proc, and of a full disk
                 pass
     except OSError as error:
@@ -42,8 +42,8 @@ def write(path: Path, contents: str | bytes) -> None:
     target = path.resolve()  # a link stays one
     temporary = target.parent / f".fusewright-{secrets.token_hex(8)}"
     try:
-        if _is_stream(target):
-            target.write_bytes(data)
+        if _is_stream(path):
+            path.write_bytes(data)
             return
         with temporary.open("xb") as stream:
             stream.write(data)
@@ -58,5 +58,5 @@ def write(path: Path, contents: str | bytes) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """A pipe or a device: nothing can be renamed into its place."""
+    """A pipe or a device, or a link to one, such as /dev/stdout: nothing can be renamed into its place."""
     return path.exists() and not path.is_file()
