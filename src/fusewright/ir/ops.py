@@ -159,7 +159,7 @@ def _gelu_backward(g: Value, x: Value, approximate: str = "none") -> Value:
 
 
 def _tanh_softplus(x: Value) -> Value:
-    """tanh(log1p(e)) with e = exp(x), as the quotient that it is: in half the instructions.
+    """tanh(log1p(e)) with e = exp(x), as the quotient that it is: 31 instructions in place of 53 in all of mish.
 
     Beyond 20 it is 1 in float64, too, and e² would overflow.
     """

@@ -316,5 +316,5 @@ def _seconds(m: float, n: float, k: float, tile: Tile, products: int, chip: Chip
     main = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
     epilogue = tile.sums * (_STORE + _OPERATION * operations)
     if tile.ping_pong:
-        return waves * max(main, (main + epilogue) / 2) + epilogue
+        return main + (waves - 1) * max(main, (main + epilogue) / 2) + epilogue
     return waves * (main + epilogue)
