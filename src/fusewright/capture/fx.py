@@ -60,7 +60,7 @@ class IRCall:
         self.__module__ = __name__
 
     def __call__(self, *inputs: Any) -> Any:
-        return reference.apply(self.node, inputs, {}, lambda dtype: dtype)
+        return reference.apply(self.node, inputs[: len(self.node.inputs)], {}, lambda dtype: dtype)
 
 
 class Importer:
@@ -182,7 +182,7 @@ class Importer:
         return None if node.op == "input" else node
 
     def recall(self, node: fx.Node, known: Node) -> Node:
-        inputs = [self.operand(n) for n in node.args]
+        inputs = [self.operand(n) for n in node.args[: len(known.inputs)]]  # behind them are sizes
         result = self.builder.node(known.op, inputs, known.type, **dict(known.attributes))
         self.origins[result] = self.origins.get(result, frozenset()) | node.meta["fusewright_origins"]
         return result
@@ -236,6 +236,8 @@ class Importer:
             dtype = self.promoted(arguments.values())
         else:
             dtype = value.dtype
+        if row.rounds and dtype in (torch.float16, torch.bfloat16):
+            operands = {k: _rounded(v, dtype) if isinstance(v, float) else v for k, v in operands.items()}
         dtype = accumulator_dtype(dtype)
         shape = tuple(size_of(s) for s in value.shape)
         result = row.formula(*(self.prepare(k, v, dtype, shape) for k, v in operands.items()))
@@ -294,6 +296,11 @@ class Importer:
         kwargs = tuple((k, template(self.operand(v))) for k, v in node.kwargs.items())
         value = node.meta.get("val")
         return self.builder.node("aten", inputs, type_of(value), target=node.target, args=args, kwargs=kwargs)
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    with unset_fake_temporarily():
+        return float(torch.tensor(number, dtype=torch.float64).to(dtype))
 
 
 def _device_of(module: fx.GraphModule) -> torch.device:

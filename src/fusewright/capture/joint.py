@@ -16,7 +16,7 @@ from fusewright.capture.metadata import as_torch_has_it
 from fusewright.ir.graph import Graph, Node, TensorType
 from fusewright.passes import pipeline
 from fusewright.passes.format import Capabilities, encode_operands
-from fusewright.passes.training import partition
+from fusewright.passes.training import Partition, partition
 
 # In the `meta` of a forward module: how many of its outputs are the caller's; those after them are saved for backward.
 RESULTS = "fusewright_results"
@@ -44,11 +44,28 @@ def partition_joint(
     forward, backward = partitioners._extract_fwd_bwd_modules(
         module,
         [nodes[n] for n in split.saved],
-        saved_sym_nodes=[],
+        saved_sym_nodes=[nodes[n] for n in _sizes_of_backward(split, num_fwd_outputs)],
         num_fwd_outputs=num_fwd_outputs,
     )
     forward.meta[RESULTS] = num_fwd_outputs
     return forward, backward
+
+
+def _sizes_of_backward(split: Partition, num_fwd_outputs: int) -> list[Node]:
+    """The size arguments that the backward uses: maybe no tensor that it is given has that size."""
+    graph = split.graph
+    early = {*Graph(graph.inputs, (*graph.outputs[:num_fwd_outputs], *split.saved), graph.origins).nodes()}
+    used = {size for node in graph.nodes() if node not in early for size in _sizes(graph, node)}
+    return [n for n in graph.inputs if n in used]
+
+
+def _sizes(graph: Graph, node: Node) -> list[Node]:
+    """The size arguments that a node's type and attributes are made of."""
+    values = (*node.type.shape, *node.type.stride) if node.type else ()
+    symbols: set[sympy.Symbol] = set()
+    for value in (*values, *(v for _, v in node.attributes)):
+        symbols |= value.free_symbols if isinstance(value, sympy.Expr) else set()
+    return [n for n in graph.inputs if n.op == "size" and n.attribute("value") in symbols] if symbols else []
 
 
 def _mutated(joint: fx.GraphModule, placeholders: Sequence[fx.Node]) -> frozenset[int]:
@@ -74,7 +91,9 @@ class _Exporter:
         self.fake_mode, self.shape_env = _fake_mode(self.source)
         for node in graph.nodes():
             if node not in nodes and node.op != "size":
-                nodes[node] = self.call(result, graph, node, [nodes[i] for i in node.inputs])
+                # FX sees the sizes that a node is made of as arguments behind its operands.
+                inputs = [nodes[i] for i in (*node.inputs, *_sizes(graph, node))]
+                nodes[node] = self.call(result, graph, node, inputs)
         old_output = next(iter(self.source.graph.find_nodes(op="output")))
         returned = [
             self.returned(result, new, old, nodes, copied)

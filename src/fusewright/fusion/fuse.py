@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fusewright.fusion.levels import Decisions, Levels
@@ -22,12 +23,12 @@ def fuse(graph: Graph, names: Sequence[str | None] = (), kept: Collection[Node] 
     names: what to call the buffers of the graph's inputs, where they should not be numbered. kept: the inputs whose
     encodings are kept from one call to the next.
     """
-    decisions = Decisions()
-    while True:
-        try:
+    decisions, known = Decisions(), -1
+    while decisions.count() > known:
+        known = decisions.count()
+        with suppress(Retry):
             return _Planner(graph, decisions, names, kept).plan()
-        except Retry:
-            continue
+    raise AssertionError("planning tries again what it has decided")
 
 
 class _Planner:

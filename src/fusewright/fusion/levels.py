@@ -62,6 +62,9 @@ class Decisions:
     alone: dict[Node, str] = field(default_factory=dict)
     whole: set[Node] = field(default_factory=set)
 
+    def count(self) -> int:
+        return sum(len(d) for d in (self.left, self.copied, self.apart, self.alone, self.whole))
+
 
 @dataclass
 class Epilogue:

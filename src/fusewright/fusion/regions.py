@@ -387,7 +387,11 @@ class _Expressions:
             if not self.takes_columns_apart(need):
                 raise
             reason = _COLUMNS
-        self.builder.decisions.apart[self.levels.base(view.inputs[0])] = reason
+        decisions, base = self.builder.decisions, self.levels.base(view.inputs[0])
+        if self.levels.has_memory(base):  # and still it cannot be read so
+            decisions.left[view] = reason
+        else:
+            decisions.apart[base] = reason
         raise Retry()
 
     def takes_columns_apart(self, need: NeedsSplit) -> bool:

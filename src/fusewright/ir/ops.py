@@ -42,12 +42,14 @@ class Row:
 
     computes_in: the dtype that tensor operands are converted to: that of the result; the one the operands promote to
     (comparisons); or bool (logical operators). Boolean conditions stay as they are where the result is not bool.
-    widens: 16-bit floats compute in float32; without it their calls are left to ATen.
+    widens: 16-bit floats compute in float32; without it their calls are left to ATen. rounds: numbers are first rounded
+    to the dtype of the tensors that they are compared with.
     """
 
     formula: Callable[..., Value]
     computes_in: Literal["result", "operands", "bool"] = "result"
     widens: bool = True
+    rounds: bool = False
 
 
 def _binary(name: str) -> Callable[[Any, Any], Value]:
@@ -355,7 +357,7 @@ ROWS: dict[str, Row] = {
     "special_xlog1py": Row(_x_times(log1p)),
     "polygamma": Row(_polygamma),
     # comparisons and logic
-    **{name: Row(_binary(name), "operands") for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    **{name: Row(_binary(name), "operands", rounds=True) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     "where": Row(where),
     "masked_fill": Row(lambda x, mask, value: where(mask, value, x)),
     "isnan": Row(lambda x: x != x, "operands"),
@@ -399,8 +401,8 @@ ROWS: dict[str, Row] = {
     "hardsigmoid": Row(lambda x: _clamp(x + 3, 0, 6) / 6),
     "hardsigmoid_backward": Row(lambda g, x: where((x > -3) & (x < 3), g / 6, 0)),
     "softshrink": Row(lambda x, l=0.5: where(x > l, x - l, where(x < -l, x + l, x * 0))),
-    "softshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g)),
-    "hardshrink": Row(lambda x, l=0.5: where((x >= -l) & (x <= l), 0, x)),
-    "hardshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g)),
+    "softshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g), rounds=True),
+    "hardshrink": Row(lambda x, l=0.5: where((x >= -l) & (x <= l), 0, x), rounds=True),
+    "hardshrink_backward": Row(lambda g, x, l: where((x >= -l) & (x <= l), 0, g), rounds=True),
     "native_dropout_backward": Row(lambda g, mask, scale: g * (mask.to(g.dtype) * scale)),
 }

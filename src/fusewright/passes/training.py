@@ -18,7 +18,7 @@ import torch
 
 from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, same_layout
 from fusewright.ir.primitives import is_pointwise
-from fusewright.ir.size import evaluate_typical
+from fusewright.ir.size import evaluate_typical, same
 
 # What a byte counts as that the forward would not store if the backward did not read it: it is kept and written.
 _STORE = 1.1
@@ -174,6 +174,8 @@ def mask_pair(builder: Builder, mask: Node, views: Sequence[Node] = ()) -> tuple
 
     views: those between a product and the mask. It is packed without them, as it lies where the product is computed.
     """
+    if any(same(n, 0) for n in mask.tensor.shape):
+        views = ()  # of nothing there is no order
     for view in reversed(views):
         mask = _undone(builder, view, mask)
     bits, again = _packed(builder, mask)

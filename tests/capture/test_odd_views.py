@@ -1,0 +1,53 @@
+"""Views that no kernel can follow, of something and of nothing, and sizes that only the backward uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VIEWS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "of an input": (lambda x: x[:14].reshape(6, 7)[::2].flatten() * 2, [(15, 3)]),
+    "of a result": (lambda x: (x * 2)[:14].reshape(6, 7)[::2].flatten(), [(15, 3)]),
+    "of a product": (lambda x, w: F.linear(x, w)[:14].reshape(6, 7)[::2].flatten(), [(15, 8), (3, 8)]),
+    "masked, of nothing": (lambda x, w: F.relu(F.linear(x, w)), [(0, 4, 8), (24, 8)]),
+    "turned, of nothing": (lambda x, w: x.transpose(1, 2) @ w, [(0, 3, 4), (3, 5)]),
+    "sliced, of nothing": (lambda x, w: F.linear(x, w)[:, :4].flatten(0, 1), [(0, 3), (8, 3)]),
+}
+
+
+def compiled(function: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="fusewright", options={"simulate": True})
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_planning_ends(name: str) -> None:
+    function, shapes = VIEWS[name]
+    inputs = [torch.randn(s, requires_grad=True) for s in shapes]
+    found, expected = compiled(function)(*inputs), function(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.stride() == expected.stride()
+    ours, theirs = (torch.autograd.grad(y.sum(), inputs) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+W = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.sum([0, 1]), lambda x: (x * 2).sum(), lambda x: x.sum(0), lambda x: F.linear(x, W).mean(0)],
+    ids=["all", "scaled", "rows", "frozen"],
+)
+def test_a_size_that_nothing_saved_has(function: Any) -> None:
+    run = compiled(function)
+    for batch in (7, 5):
+        x = torch.randn(batch, 8, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 0)
+        ours, theirs = (torch.autograd.grad(call(x).sum(), x)[0] for call in (run, function))
+        torch.testing.assert_close(ours, theirs)
