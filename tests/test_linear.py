@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -365,7 +367,7 @@ def test_what_fails_in_eager_mode_says_how_in_one_error(name: str, warned: list[
 
 
 def test_only_the_calling_thread_is_quiet(warned: list[logging.LogRecord]) -> None:
-    with epilogues._quiet():
+    with epilogues._Quiet():
         epilogues._LOGS[0].warning("of this thread")
         other = threading.Thread(target=epilogues._LOGS[0].warning, args=("of another",))
         other.start()
@@ -448,3 +450,9 @@ def test_trains_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_cpu_inductor_compiles_it() -> None:
     x, weight, bias = tensors((5, 9), (10, 9), (10,))
     assert_as_eager(fusewright.linear(x, weight, bias, F.gelu), F.gelu(F.linear(x, weight, bias)), x, weight, bias)
+
+
+def test_the_doors_leave_dynamo_to_the_first_call() -> None:
+    asks = "import sys, fusewright; fusewright.linear; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -108,7 +107,7 @@ class _Calls:
         return backend.fusewright(module, inputs, options=asdict(self._settings), check=check)
 
     def __call__(self, *arguments: Any) -> Any:
-        with _quiet():
+        with _Quiet():
             try:
                 return self._run(*arguments)
             except FailOnRecompileLimitHit:
@@ -129,21 +128,20 @@ _limit = threading.RLock()  # a custom operator in an epilogue may make a call o
 _LOGS = [logging.getLogger(f"torch.{name}") for name in ("_dynamo.convert_frame", "_subclasses.fake_tensor")]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without this thread's warnings of the recompile limit, and tracebacks of an epilogue that fails when traced."""
-    here = threading.get_ident()
+class _Quiet:
+    """Drops this thread's warnings of the recompile limit, and tracebacks of an epilogue that fails when traced."""
 
-    def keep(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.WARNING or threading.get_ident() != here
-
-    for log in _LOGS:
-        log.addFilter(keep)
-    try:
-        yield
-    finally:
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
         for log in _LOGS:
-            log.removeFilter(keep)
+            log.addFilter(self._keep)
+
+    def __exit__(self, *_: object) -> None:
+        for log in _LOGS:
+            log.removeFilter(self._keep)
+
+    def _keep(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or threading.get_ident() != self._thread
 
 
 def _told(error: Exception, arguments: tuple[Any, ...]) -> Exception | None:
