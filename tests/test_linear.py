@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fusewright
-from fusewright import compiler, doors
+from fusewright import compiler
+from fusewright.capture import epilogues
 from fusewright.errors import CannotFuse, EagerFailure, InvalidSetting, UnknownSetting
 from fusewright.runtime.executable import Executable
 from graphs import gradients
@@ -25,7 +31,7 @@ simulated = functools.partial(fusewright.linear, simulate=True)
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    doors._kept.clear()
+    epilogues._kept.clear()
     counters.clear()
     torch.manual_seed(0)
     yield
@@ -44,6 +50,19 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Executable]:
 
     monkeypatch.setattr(compiler, "build", spy)
     return made
+
+
+@pytest.fixture
+def warned() -> Iterator[list[logging.LogRecord]]:
+    """What Dynamo says in a test, warnings and errors."""
+    handler = logging.Handler(logging.WARNING)
+    records: list[logging.LogRecord] = []
+    handler.emit = records.append  # type: ignore[method-assign]
+    for log in epilogues._LOGS:
+        log.addHandler(handler)
+    yield records
+    for log in epilogues._LOGS:
+        log.removeHandler(handler)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -193,8 +212,13 @@ OTHER = torch.ones(5, 10)
 FUNCTIONS = [torch.relu, torch.tanh, torch.exp, torch.neg, torch.abs, torch.sin, torch.cos, torch.erf, F.silu, F.gelu]
 
 
-def test_an_epilogue_has_more_variations_than_dynamo_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epilogue_has_more_variations_than_dynamo_allows(
+    monkeypatch: pytest.MonkeyPatch, warned: list[logging.LogRecord]
+) -> None:
     built = planned(monkeypatch)
+    missed: list[Any] = []
+    room = epilogues._Calls._with_room
+    monkeypatch.setattr(epilogues._Calls, "_with_room", lambda calls, args: missed.append(args) or room(calls, args))
     x, weight, bias, r = tensors((5, 9), (10, 9), (10,), (5, 10))
     tower = nn.Sequential(*(Leaky(0.1 * i) for i in range(12)))
 
@@ -214,10 +238,13 @@ def test_an_epilogue_has_more_variations_than_dynamo_allows(monkeypatch: pytest.
             torch.testing.assert_close(tower(x), expected)
 
     sweep()
-    count = len(built)
+    count, misses = len(built), len(missed)
     assert count >= 12 + len(FUNCTIONS) + 16
     sweep()
     assert len(built) == count
+    assert misses
+    assert len(missed) == misses, "what is compiled already runs with Dynamo's configuration as it is"
+    assert not warned
 
 
 def test_an_epilogue_begins_anew_when_dynamo_can_hold_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +284,21 @@ def test_numbers_that_scale_shift_and_compare_are_arguments(monkeypatch: pytest.
         (lambda y: (y.relu(), OTHER[0].exp()), "exp"),
         (lambda y: y + F.linear(OTHER, torch.ones(10, 10)), "mm"),
         (lambda y: y * y[0, 0].item(), "mul"),
+        (lambda y: fusewright.linear(y, torch.ones(7, 10)), "mm"),
     ],
-    ids=["cumsum", "softmax", "mm", "sum", "mean", "another's mean", "another's sum", "apart", "two products", "item"],
+    ids=[
+        "cumsum",
+        "softmax",
+        "mm",
+        "sum",
+        "mean",
+        "another's mean",
+        "another's sum",
+        "apart",
+        "two products",
+        "item",
+        "nested",
+    ],
 )
 def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) -> None:
     x, weight = torch.randn(5, 9), torch.randn(10, 9)
@@ -267,13 +307,31 @@ def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) ->
 
 
 def test_an_epilogue_that_is_no_function_of_tensors_is_refused() -> None:
-    with pytest.raises(CannotFuse, match="print"):
+    with pytest.raises(CannotFuse, match=r"test_linear.py:\d+: .*print") as caught:
         simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: print(y) or y)
+    assert not re.search("Explanation:|Hint:|\n", str(caught.value))
 
 
-def test_an_epilogue_without_the_product_is_refused() -> None:
+@pytest.mark.parametrize(
+    "epilogue",
+    [
+        lambda y: OTHER.exp(),
+        lambda y: F.linear(OTHER.exp(), torch.ones(10, 10)),
+        lambda y: torch.zeros_like(y) + F.linear(OTHER, torch.ones(10, 10)),
+    ],
+    ids=["pointwise", "another product", "a shape"],
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_epilogue_without_the_product_is_refused(epilogue: Any, trains: bool) -> None:
     with pytest.raises(CannotFuse, match="do not depend on the product"):
-        simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: OTHER.exp())
+        simulated(torch.randn(5, 9), torch.randn(10, 9, requires_grad=trains), epilogue=epilogue)
+
+
+def test_a_product_that_the_epilogue_repeats_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch)
+    x, weight = tensors((5, 9), (10, 9))
+    found = simulated(x, weight, epilogue=lambda y: y * F.linear(x, weight))
+    assert_as_eager(found, F.linear(x, weight).square(), x, weight)
 
 
 def test_under_autocast_operands_are_cast_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,19 +358,30 @@ FAILING: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_what_fails_in_eager_mode_says_how_in_one_error(name: str) -> None:
+def test_what_fails_in_eager_mode_says_how_in_one_error(name: str, warned: list[logging.LogRecord]) -> None:
     arguments, says = FAILING[name]
-    logged: list[logging.LogRecord] = []
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    handler = logging.Handler()
-    handler.emit = logged.append  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
-        with pytest.raises(EagerFailure, match=says):
-            simulated(*arguments)
-    finally:
-        log.removeHandler(handler)
-    assert not logged
+    with pytest.raises(EagerFailure, match=says):
+        simulated(*arguments)
+    assert not warned
+    assert not any(log.filters for log in epilogues._LOGS)
+
+
+def test_only_the_calling_thread_is_quiet(warned: list[logging.LogRecord]) -> None:
+    with epilogues._Quiet():
+        epilogues._LOGS[0].warning("of this thread")
+        other = threading.Thread(target=epilogues._LOGS[0].warning, args=("of another",))
+        other.start()
+        other.join()
+    assert [r.getMessage() for r in warned] == ["of another"]
+
+
+def test_a_failure_in_a_library_beside_torch_says_where() -> None:
+    """As in torchvision, whose folder's name begins with torch's."""
+    path = f"{Path(torch.__file__).parent}vision/ops.py"
+    scope: dict[str, Any] = {}
+    exec(compile("def fails(y):\n    return y.nope()", path, "exec"), scope)
+    with pytest.raises(EagerFailure, match=re.escape(f"({path}:2)")):
+        simulated(X, WEIGHT, epilogue=scope["fails"])
 
 
 def test_a_failing_epilogue_is_not_run_for_its_effects() -> None:
@@ -381,3 +450,9 @@ def test_trains_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_cpu_inductor_compiles_it() -> None:
     x, weight, bias = tensors((5, 9), (10, 9), (10,))
     assert_as_eager(fusewright.linear(x, weight, bias, F.gelu), F.gelu(F.linear(x, weight, bias)), x, weight, bias)
+
+
+def test_the_doors_leave_dynamo_to_the_first_call() -> None:
+    asks = "import sys, fusewright; fusewright.linear; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -13,7 +13,7 @@ from gpu_support import building, random
 from torch import Tensor, nn
 
 import fusewright
-from fusewright import doors
+from fusewright.capture import epilogues
 from fusewright.errors import CannotFuse
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(autouse=True)
 def no_door_used() -> None:
-    doors._kept.clear()
+    epilogues._kept.clear()
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -159,7 +159,7 @@ class Importer:
         if computed is not None:
             products = {n for n in self.builder.made[before:] if n.op in ("matmul", "sum")}
             moved = sum(_bytes(n) for n in (node, *node.all_input_nodes))
-            origin = Origin(len(self.values), _operator_name(node.target), moved, _checkpoint(node))
+            origin = Origin(len(self.values), _operator_name(node.target), moved, _checkpoint(node), call_of(node))
             for made in {computed, *products}:
                 self.origins[made] = self.origins.get(made, frozenset()) | {origin}
         return result
@@ -333,6 +333,12 @@ def _checkpoint(node: fx.Node) -> int | None:
     """The number of the activation checkpoint by whose policy the result of a call is to be computed again."""
     again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
     return node.meta.get("ac_graph_id", 0) if node.meta.get("recompute") in again else None
+
+
+def call_of(node: fx.Node) -> str | None:
+    """Dynamo's name of the call that a node is or comes from: it stays when AOTAutograd takes the call apart."""
+    calls = node.meta.get("source_fn_stack")
+    return calls[-1][0] if calls else None
 
 
 def _operator_name(target: Any) -> str:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fusewright.capture.metadata import size_of
+from fusewright.errors import CannotFuse
 from fusewright.ir.graph import Node, accumulator_dtype, contiguous
 from fusewright.ir.size import Size, product
 from fusewright.ir.value import Value, where
@@ -24,6 +26,17 @@ Lowering = Callable[..., "Node | None"]
 LOWERINGS: dict[str, Lowering] = {}
 
 MATMUL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def no_product(x: Tensor, weight: Tensor) -> CannotFuse | None:
+    """The refusal of operands that no kernel multiplies, whatever the epilogue."""
+    if weight.dim() == 2 and {x.dtype, weight.dtype} <= MATMUL_DTYPES:
+        return None
+    given = " and ".join(
+        f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in (("x", x), ("weight", weight))
+    )
+    dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in MATMUL_DTYPES))
+    return CannotFuse(f"no kernel multiplies {given}: fusewright.linear takes a weight [N, K], and of dtypes {dtypes}")
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:

@@ -223,8 +223,10 @@ def _record(
 
 
 def first_paragraph(error: Exception) -> str:
-    """What torch says, without its advice, links and frames."""
-    return str(error).split("\n\n")[0].strip()
+    """What torch says and where in the user's code, without its explanation, advice, links and other frames."""
+    said = re.split(r"\n\n|\n  (?:Explanation|Hint):", str(error).strip())[0].strip()
+    frames = getattr(error, "real_stack", None)
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else said
 
 
 def _check_returned(returned: Any) -> None:

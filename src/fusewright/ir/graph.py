@@ -97,12 +97,14 @@ class Origin:
     """One operator call of the user's model that eager would launch: its place, name, and the bytes it moves.
 
     checkpoint: the number of the activation checkpoint that it belongs to: backward is to compute it again.
+    call: Dynamo's name of the call that it is part of, if Dynamo traced it: each call has another.
     """
 
     index: int
     name: str
     bytes: Size = field(compare=False)
     checkpoint: int | None = field(default=None, compare=False)
+    call: str | None = field(default=None, compare=False)
 
 
 Output = Node | None
