@@ -35,7 +35,7 @@ def file(request: pytest.FixtureRequest) -> Written:
 def loaded(text: str, folder: Path) -> ModelFile:
     path = folder / "written.py"
     path.write_text(text)
-    return model_file.load(path, names=("ModelNew",))
+    return model_file.load(path, name="ModelNew")
 
 
 def test_python_3_8_syntax(file: Written) -> None:

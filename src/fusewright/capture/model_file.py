@@ -156,14 +156,11 @@ class ModelFile:
         return next((n.lineno for n in reversed(self.tree.body) if isinstance(n, definitions) and n.name == name), None)
 
 
-def load(
-    path: str | Path, settings: Mapping[str, object] | None = None, names: Sequence[str] = ("Model",)
-) -> ModelFile:
+def load(path: str | Path, settings: Mapping[str, object] | None = None, name: str = "Model") -> ModelFile:
     """Runs a model file, and nothing else: no folder is added to Python's path, and what it prints is printed.
 
-    settings: module-level constant → the value to assign instead, before the file runs. names: what the model's class
-    may be called, best first. Where there is no GPU, what the file puts on `cuda` lies on the CPU. Raises
-    ModelFileError, or UnknownSetting.
+    settings: module-level constant → the value to assign instead, before the file runs. name: of the model's class.
+    Where there is no GPU, what the file puts on `cuda` lies on the CPU. Raises ModelFileError, or UnknownSetting.
     """
     path = Path(path)
     source = _read(path)
@@ -172,7 +169,6 @@ def load(
         source = _with_settings(path, source, tree, settings)
         tree = _parse(path, source)
     module = _run(path, source, tree)
-    name = next((n for n in names if hasattr(module, n)), names[0])
     for wanted in (name, *FUNCTIONS):
         if not hasattr(module, wanted):
             raise ModelFileError(f"{path}: there is no {_missing(wanted, module)}")
@@ -186,6 +182,15 @@ def load(
     return loaded
 
 
+def load_candidate(path: Path, settings: Mapping[str, object] | None = None) -> ModelFile:
+    """Loads a file that is compared with the model's own, with those of the settings that it has a constant for.
+
+    Its class is ModelNew, never Model: a copy of the reference would be found correct. Raises ModelFileError.
+    """
+    known = constants(_parse(path, _read(path)))
+    return load(path, {n: value for n, value in (settings or {}).items() if n in known}, "ModelNew")
+
+
 def parse_setting(text: str) -> tuple[str, object]:
     """Reads "NAME=VALUE", where VALUE is a Python literal, as the command line takes it. Raises UnknownSetting."""
     name, equals, value = text.partition("=")
@@ -196,12 +201,6 @@ def parse_setting(text: str) -> tuple[str, object]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         hint = "a number, True, None, a tuple, or a text in quotes"
         raise UnknownSetting(f"cannot set {name.strip()}: {value!r} is no Python literal ({hint})") from None
-
-
-def settable(path: Path, settings: Mapping[str, object]) -> dict[str, object]:
-    """Those of the settings that the file has a constant for. Raises ModelFileError."""
-    known = constants(_parse(path, _read(path)))
-    return {name: value for name, value in settings.items() if name in known}
 
 
 def constants(tree: ast.Module) -> dict[str, list[ast.expr]]:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fusewright.capture import model_file
-from fusewright.capture.model_file import SEED, ModelFile
+from fusewright.capture.model_file import SEED, ModelFile, load_candidate
 from fusewright.chip import Chip, arch_of, chip_for
 from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, ToolMissing, UnknownArch, UnknownSetting
 from fusewright.tools import timing
@@ -30,7 +30,6 @@ from fusewright.tools.variations import copies_of, map_floating
 
 EAGER = "eager"
 OURS = "fusewright"
-CANDIDATE = ("ModelNew", "Model")
 # A copy reads and writes; a kernel that only reads may be a little faster than that rate says.
 IMPOSSIBLE = 0.9
 
@@ -167,7 +166,7 @@ class _Session:
         self.skipped: list[str] = []
         self.failed: dict[str, str] = {}
         self.file = model_file.load(request.reference, request.settings)
-        self.other = None if request.candidate is None else model_file.load(request.candidate, names=CANDIDATE)
+        self.other = None if request.candidate is None else load_candidate(request.candidate, request.settings)
         self.name = OURS if request.candidate is None else str(request.candidate)
         self.compiled = baselines(request.quick, request.cuda_graphs)
         if request.candidate is None:
@@ -231,9 +230,9 @@ class _Session:
         reference = str(r.reference.resolve())
         dtype = None if r.dtype is None else str(r.dtype).removeprefix("torch.")
         shared = (reference, dict(r.settings or {}), dtype, r.tf32)
-        jobs = {name: Job(reference, ("Model",), *shared, c, backward) for name, c in self.compiled.items()}
+        jobs = {name: Job(reference, False, *shared, c, backward) for name, c in self.compiled.items()}
         if r.candidate is not None:
-            jobs[self.name] = Job(str(r.candidate.resolve()), CANDIDATE, *shared, None, backward)
+            jobs[self.name] = Job(str(r.candidate.resolve()), True, *shared, None, backward)
         found = {}
         for name, job in jobs.items():
             self.say(f"first call of {name}: cold and warm, each in a new process")
