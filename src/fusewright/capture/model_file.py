@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.without_gpu import without_gpu
-from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, UnknownSetting
+from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, UnknownSetting, raised
 
 SEED = 42  # the public judge's
 FUNCTIONS = ("get_inputs", "get_init_inputs")
@@ -139,8 +139,6 @@ class ModelFile:
         try:
             with without_gpu():
                 yield
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
             raise EagerFailure(_raised(self.path, self.module, self.source, what, error)) from error
 
@@ -317,8 +315,6 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
             exec(compile(tree, module.__file__, "exec", dont_inherit=True), vars(module))
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
         what = "the file raises when it is run"
         if isinstance(error, ModuleNotFoundError):
             what = "the file imports what is not installed (files beside it are not found: a model file stands alone)"
@@ -342,7 +338,7 @@ def _raised(path: Path, module: ModuleType, source: str, what: str, error: BaseE
     line = lines[-1] if lines else None
     where = f"{path}:{line}" if line else str(path)
     shown = f"\n    {source.split(chr(10))[line - 1].strip()}" if line else ""
-    return f"{where}: {what}: {type(error).__name__}: {error}{shown}\nMake the file run in plain PyTorch first."
+    return f"{where}: {what}: {raised(error)}{shown}\nMake the file run in plain PyTorch first."
 
 
 def _moved(values: list[Any], device: torch.device, dtype: torch.dtype | None) -> list[Any]:

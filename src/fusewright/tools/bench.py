@@ -18,7 +18,7 @@ from rich.console import Console
 from fusewright.capture import model_file
 from fusewright.capture.model_file import SEED, ModelFile, load_candidate
 from fusewright.chip import Chip, arch_of, chip_for
-from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, ToolMissing, UnknownArch, UnknownSetting
+from fusewright.errors import EagerFailure, ToolMissing, UnknownArch, UnknownSetting, raised
 from fusewright.tools import timing
 from fusewright.tools.comparison import Judge
 from fusewright.tools.first_call import FirstCall, Job, first_call
@@ -212,8 +212,8 @@ class _Session:
             reason = "" if eager.draw_gradients() else "no output requires a gradient"
             if not reason:
                 eager.both()
-        except RAISED_BY_USER_CODE as error:
-            reason = f"eager raises {type(error).__name__}: {error}"
+        except BaseException as error:
+            reason = f"eager raises {raised(error)}"
         eager.reset()
         if not reason:
             return wanted
@@ -275,8 +275,8 @@ class _Session:
                     candidate.prepare()
                     candidate.run()
                 runner.reset()
-            except RAISED_BY_USER_CODE as error:
-                self.failed[name] = f"{type(error).__name__}: {error}"[:2000]
+            except BaseException as error:
+                self.failed[name] = raised(error)[:2000]
             after = _flags()
             if changed := [f"{n} from {before[n]} to {after[n]}" for n in before if after[n] != before[n]]:
                 torch.set_float32_matmul_precision(_precision(self.request.tf32))
@@ -315,8 +315,8 @@ class _Session:
             exact = Runner(model, inputs, gradients=[g.double() for g in eager.gradients])
             with in_double():
                 return self._seeded(exact, 0)
-        except RAISED_BY_USER_CODE as error:
-            self.skipped.append(f"float64 oracle: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        except BaseException as error:
+            self.skipped.append(f"float64 oracle: {raised(error).partition(chr(10))[0][:200]}")
             return {}
 
     def _time(
