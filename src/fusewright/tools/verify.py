@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fusewright.capture.model_file import ModelFile
 from fusewright.errors import EagerFailure, FusewrightError, raised
 from fusewright.tools import checks, training_checks
+from fusewright.tools.arguments import Leaves, difference, leaves
 from fusewright.tools.comparison import EVERY_ELEMENT, Judge, same_bits
 from fusewright.tools.flags import torch_flags
 from fusewright.tools.trial import SEED, Backward, CandidateError, Refused, Trial, first_line, inner
@@ -251,41 +252,21 @@ def _same_arguments(reference: Subject, candidate: Subject) -> Check:
         "get_inputs": (reference.inputs, candidate.inputs),
     }
     for function, (wanted, given) in pairs.items():
-        expected = _arguments(wanted)
+        with _eager(f"{function} of {reference.name} raises"):
+            expected, again = _arguments(wanted), _arguments(wanted)
         try:
             found = _arguments(given)
         except BaseException as error:
             problems.append(f"{function}: {raised(error)}")
             continue
-        if _equal(found, expected) or not _equal(_arguments(wanted), expected):
-            continue  # or nothing that a seed decides
-        what, others = _described(found), _described(expected)
-        differs = f"gives {what} where the reference's gives {others}" if what != others else "gives other values"
-        problems.append(f"{function} {differs}")
+        if what := difference(found, expected, again):
+            problems.append(f"{function}(){what}")
     return Check("arguments", not problems, _detail(problems, {}) or "the same as the reference's", {})
 
 
-def _arguments(function: Callable[[], Sequence[Any]]) -> list[Any]:
+def _arguments(function: Callable[[], Sequence[Any]]) -> Leaves:
     torch.manual_seed(SEED)
-    return list(function())
-
-
-def _equal(a: list[Any], b: list[Any]) -> bool:
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return same_bits(x.cpu(), y.cpu())
-        return type(x) is type(y) and bool(x == y)
-
-    if pytree.tree_structure(a) != pytree.tree_structure(b):
-        return False
-    return all(map(same, pytree.tree_leaves(a), pytree.tree_leaves(b)))
-
-
-def _described(arguments: list[Any]) -> str:
-    def text(x: Any) -> str:
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
-
-    return ", ".join(text(x) for x in pytree.tree_leaves(arguments)) or "nothing"
+    return leaves(function())
 
 
 def _prepare(trial: Trial) -> None:
