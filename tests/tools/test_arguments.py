@@ -110,6 +110,7 @@ def test_the_same(tmp_path: Path, values: str) -> None:
         ("1,", "1, 2", " is a list of 2 where the reference's is a list of 1"),
         ("{'a': 1}", "{'b': 1}", "[0] is a dict of ['b'] where the reference's is a dict of ['a']"),
         ("torch.float16", "torch.float32", "[0] is torch.float32 where the reference's is torch.float16"),
+        ("{'a': 1, 'b': 2}", "{'b': 3, 'a': 1}", "[0]['b'] is 3 where the reference's is 2"),
     ],
 )
 def test_another(tmp_path: Path, first: str, second: str, says: str) -> None:

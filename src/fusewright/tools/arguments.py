@@ -54,7 +54,7 @@ def _leaves(value: Any, place: str, above: tuple[int, ...]) -> Iterator[tuple[st
     else:
         parts = dict(_parts(value)) if id(value) not in above else {}  # a value may hold itself
         kind = f"a {_name(type(value))}"
-        size = ", ".join(parts) if isinstance(value, dict) else len(parts)
+        size = ", ".join(sorted(parts)) if isinstance(value, dict) else len(parts)
         yield place, f"{kind} of {size}" if isinstance(value, list | tuple | dict) else kind
         for step, inner in parts.items():
             yield from _leaves(inner, place + step, (*above, id(value)))
