@@ -17,6 +17,7 @@ from fusewright.cli.output import SCHEMA, Output
 from fusewright.runtime.cache import Cache, fingerprint
 from fusewright.tools.bench import Accuracy, Bench, Mode, Timed
 from fusewright.tools.first_call import FirstCall
+from fusewright.tools.verify import SPECS
 from model_files import MODELS, model
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "json.md"
@@ -145,6 +146,15 @@ def test_schema(command: str, written: dict[str, list[Any]]) -> None:
     if torch.cuda.is_available():
         missing = {k for k in missing if not k.startswith(("sizes", "plan", "kernels"))}
     assert not missing, f"documented for {command}, and never written"
+
+
+def test_the_names_of_checks_are_documented(written: dict[str, list[Any]]) -> None:
+    (listed,) = re.findall(r"^The names of checks, in their order: ([^.]*)\.", DOCUMENT.read_text(), re.MULTILINE)
+    names = re.findall("`([^`]+)`", listed)
+    specs = [spec.name for spec in SPECS]
+    assert [name for name in names if name in specs] == specs
+    found = [check["name"] for check in written["verify"][0]["checks"]]
+    assert [name for name in names if name in found] == found and set(names) == {*found, *specs}
 
 
 def test_all_commands_are_documented() -> None:

@@ -5,8 +5,13 @@ Every class derives from `FusewrightError`; the command line prints `str(error)`
 
 from __future__ import annotations
 
-# What a user's code may raise that is a failure of it: exit() in there must not end us.
-RAISED_BY_USER_CODE = (Exception, SystemExit)
+
+def raised(error: BaseException) -> str:
+    """What a user's code raised, in words. Any exception is a failure of that code, exit() in there too; but Ctrl-C
+    and the end of a generator, which are not, are raised again."""
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        raise error
+    return f"{type(error).__name__}: {error}"
 
 
 class FusewrightError(Exception):

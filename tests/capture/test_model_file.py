@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusewright.capture.model_file import ModelFile, constants, load, parse_setting, settable
+from fusewright.capture.model_file import ModelFile, constants, load, load_candidate, parse_setting
 from fusewright.errors import EagerFailure, FusewrightError, MixedDevices, ModelFileError, UnknownSetting
 
 GOOD = '''"""A linear layer, scaled."""
@@ -304,7 +304,13 @@ def test_settings_of_several_in_one_line(write: Writer) -> None:
     file = load(path, {"width": 16, "shape": (3, 4)})
     assert file.source.startswith("rows, width, shape = 4, (16), (3, 4)\n")
     assert [file.namespace[n] for n in ("rows", "width", "shape")] == [4, 16, (3, 4)]
-    assert settable(path, {"rows": 1, "other": 2}) == {"rows": 1}
+
+
+def test_a_candidate_has_a_class_of_its_own_and_some_of_the_settings(write: Writer) -> None:
+    text = "rows = 4\n" + MINIMAL
+    file = load_candidate(write(text.replace("class Model(", "class ModelNew(")), {"rows": 1, "other": 2})
+    assert file.namespace["rows"] == 1 and "other" not in file.namespace
+    assert "no class ModelNew (the file defines Model)" in message(ModelFileError, lambda: load_candidate(write(text)))
 
 
 @pytest.mark.parametrize(

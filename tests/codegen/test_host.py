@@ -269,7 +269,7 @@ def train(call):
 
 torch.ops.load_library(sys.argv[1])
 torch.cuda.synchronize = lambda device: None
-model = model_file.load(sys.argv[2], names=("ModelNew",)).build(0)
+model = model_file.load(sys.argv[2], name="ModelNew").build(0)
 compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 for _ in range(2):
     for call in (model, compiled):

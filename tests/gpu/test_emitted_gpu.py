@@ -37,7 +37,7 @@ def _written(factory: pytest.TempPathFactory, dtype: torch.dtype, *options: str)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0
-    return model_file.load(out, names=("ModelNew",))
+    return model_file.load(out, name="ModelNew")
 
 
 def _pair(written: tuple[ModelFile, torch.dtype], seed: int = 42) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -81,7 +81,7 @@ import sys
 import torch
 from fusewright.capture import model_file
 
-written = model_file.load(sys.argv[1], names=("ModelNew",))
+written = model_file.load(sys.argv[1], name="ModelNew")
 dtype = getattr(torch, sys.argv[2])
 model = written.build(42).to("cuda", dtype)
 

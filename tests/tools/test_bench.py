@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusewright.errors import EagerFailure, OutputNotWritable, ToolMissing, UnknownSetting
+from fusewright.errors import EagerFailure, ModelFileError, OutputNotWritable, ToolMissing, UnknownSetting
 from fusewright.tools import bench as tool
 from fusewright.tools import bench_show as show
 from fusewright.tools import timing
@@ -161,6 +161,18 @@ def test_a_candidate_that_switches_flags_is_out(measure: Measure) -> None:
 # ---- what fails
 
 
+def test_a_candidate_takes_the_settings_too(measure: Measure) -> None:
+    wide = TEXT.replace("rows = 64", "width = 48").replace("32, 48", "32, width").replace("rows, 32", "64, 32")
+    candidate = wide.replace("return F", "assert width == 16\n        return F")
+    found = measure(candidate, text=wide, modes=("forward",), settings={"width": 16})
+    assert found.modes["forward"].timings[found.candidate].failed is None
+
+
+def test_a_copy_of_the_model_is_no_candidate(measure: Measure) -> None:
+    with pytest.raises(ModelFileError, match="no class ModelNew"):
+        measure(TEXT.replace("class Model(", "class Model ("))
+
+
 def test_a_candidate_that_raises_is_a_row(measure: Measure) -> None:
     found = measure(TEXT.replace("return F", "raise ValueError('of its own')\n        return F"))
     for mode in found.modes.values():
@@ -236,7 +248,7 @@ sizes = (8, 32)
 """
     (tmp_path / "model.py").write_text(model(LINEAR, inputs="torch.randn(sizes)", before=head))
     path, settings = str(tmp_path / "model.py"), {"sizes": (16, 32)}
-    done = first_call(Job(path, ("Model",), path, settings, "bfloat16", False, None, True))
+    done = first_call(Job(path, False, path, settings, "bfloat16", False, None, True))
     assert done.failed is None and done.cold_s and done.warm_s
     first, _, third, fourth = (line.split() for line in log.read_text().splitlines())
     assert [first[1], third[1]] == ["False", "True"] and first[2] == third[2] == fourth[2]
@@ -245,7 +257,7 @@ sizes = (8, 32)
 
 def test_a_first_call_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert first_call(Job("a", ("Model",), "a", {}, None, False, None, True)).failed == "exit code 1"
+    assert first_call(Job("a", False, "a", {}, None, False, None, True)).failed == "exit code 1"
 
 
 def test_first_calls_of_all(measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

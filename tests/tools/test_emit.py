@@ -35,7 +35,7 @@ def file(request: pytest.FixtureRequest) -> Written:
 def loaded(text: str, folder: Path) -> ModelFile:
     path = folder / "written.py"
     path.write_text(text)
-    return model_file.load(path, names=("ModelNew",))
+    return model_file.load(path, name="ModelNew")
 
 
 def test_python_3_8_syntax(file: Written) -> None:
@@ -219,11 +219,20 @@ NO_GRAD = """
 
 
 @pytest.mark.parametrize("names", [("x, y", "x", "y"), ("*xs", "xs[0]", "xs[1]"), ("x, *rest", "x", "rest[0]")])
-def test_a_decorator_of_torch_stays(names: tuple[str, str, str]) -> None:
-    file = written(model(NO_GRAD.format(*names), inputs="torch.rand(24, 20), torch.rand(24, 16)"))
+@pytest.mark.parametrize("decorator", ["no_grad", "inference_mode"])
+def test_a_decorator_of_torch_stays(decorator: str, names: tuple[str, str, str]) -> None:
+    text = NO_GRAD.format(*names).replace("no_grad", decorator)
+    file = written(model(text, inputs="torch.rand(24, 20), torch.rand(24, 16)"))
     assert [a for a in file.captured.arguments if a] == ["self.gemm.weight", "self.gemm.bias", *names[1:]]
-    assert f"    @torch.no_grad()\n    def forward(self, {names[0]}):\n        return torch.ops" in file.text
+    assert f"    @torch.{decorator}()\n    def forward(self, {names[0]}):\n        return torch.ops" in file.text
     assert [p.name for p in file.emitted.planned] == ["fused"]
+
+
+@pytest.mark.parametrize("name", ["enable_grad()", "inference_mode(False)", "set_grad_enabled(False)"])
+def test_a_decorator_of_torch_that_is_refused(name: str) -> None:
+    text = NO_GRAD.format("x", "x", "1").replace("no_grad()", name)
+    with pytest.raises(CannotCapture, match=rf"@torch\.{name.partition('(')[0]} on forward is not supported"):
+        written(model(text))
 
 
 def test_a_decorator_that_changes_forward_is_refused() -> None:

@@ -137,7 +137,7 @@ class Loaded:
     def __init__(self, file: Written, folder: Path) -> None:
         path = folder / "written.py"
         path.write_text(file.text)
-        self.instance = model_file.load(path, names=("ModelNew",)).instantiate(device="cpu")
+        self.instance = model_file.load(path, name="ModelNew").instantiate(device="cpu")
         self.file, self.calls = file, list[str]()
 
     def operators(self, library: torch.library.Library) -> None:

@@ -83,6 +83,27 @@ def test_a_candidate_does_not_end_us() -> None:
     assert "SystemExit" in failed(check(Exits))["error against float64"]
 
 
+class Interrupts(ModelNew):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+class RaisesItsOwn(ModelNew):
+    class Stop(BaseException):
+        """No Exception, as asyncio's and pytest's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.Stop("enough")
+
+
+def test_whatever_a_candidate_raises_is_a_failure_but_an_interrupt() -> None:
+    assert "Stop: enough" in failed(check(RaisesItsOwn))["error against float64"]
+    with pytest.raises(EagerFailure, match="Stop: enough"):
+        check(Model, RaisesItsOwn)
+    with pytest.raises(KeyboardInterrupt):
+        check(Interrupts)
+
+
 def test_flags_are_watched() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:

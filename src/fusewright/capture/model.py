@@ -198,6 +198,7 @@ def _with_training(
 def _record(
     model: nn.Module, inputs: Sequence[Any], capabilities: Capabilities | None, *, grad: bool
 ) -> tuple[_Recorder, Any]:
+    _check_decorators(type(model).forward)
     recorder = _Recorder(capabilities, _decorated(type(model), len(inputs)))
     torch._dynamo.reset()
     _mark_batch(inputs)
@@ -289,6 +290,19 @@ class OutputIndex:
     """Stands for output `index` of the graph in the structure that a model returns."""
 
     index: int
+
+
+def _check_decorators(forward: Callable[..., Any]) -> None:
+    """Raises CannotCapture for decorators of torch's that do not switch gradients off: inference would be traced as
+    training, or not at all."""
+    function: Any = forward
+    while function is not undecorated(forward):
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+        context = getattr(cells["ctx_factory"].cell_contents, "__self__", None)
+        if not isinstance(context, torch.no_grad) and not (isinstance(context, torch.inference_mode) and context.mode):
+            name = f"@torch.{type(context).__name__}" if context is not None else "a decorator of torch's"
+            raise CannotCapture(f"{name} on forward is not supported; @torch.no_grad and @torch.inference_mode are")
+        function = function.__wrapped__
 
 
 def undecorated(forward: Callable[..., Any]) -> Callable[..., Any]:

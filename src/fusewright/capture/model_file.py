@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.without_gpu import without_gpu
-from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, UnknownSetting
+from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, UnknownSetting, raised
 
 SEED = 42  # the public judge's
 FUNCTIONS = ("get_inputs", "get_init_inputs")
@@ -139,8 +139,6 @@ class ModelFile:
         try:
             with without_gpu():
                 yield
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
             raise EagerFailure(_raised(self.path, self.module, self.source, what, error)) from error
 
@@ -156,14 +154,11 @@ class ModelFile:
         return next((n.lineno for n in reversed(self.tree.body) if isinstance(n, definitions) and n.name == name), None)
 
 
-def load(
-    path: str | Path, settings: Mapping[str, object] | None = None, names: Sequence[str] = ("Model",)
-) -> ModelFile:
+def load(path: str | Path, settings: Mapping[str, object] | None = None, name: str = "Model") -> ModelFile:
     """Runs a model file, and nothing else: no folder is added to Python's path, and what it prints is printed.
 
-    settings: module-level constant → the value to assign instead, before the file runs. names: what the model's class
-    may be called, best first. Where there is no GPU, what the file puts on `cuda` lies on the CPU. Raises
-    ModelFileError, or UnknownSetting.
+    settings: module-level constant → the value to assign instead, before the file runs. name: of the model's class.
+    Where there is no GPU, what the file puts on `cuda` lies on the CPU. Raises ModelFileError, or UnknownSetting.
     """
     path = Path(path)
     source = _read(path)
@@ -172,7 +167,6 @@ def load(
         source = _with_settings(path, source, tree, settings)
         tree = _parse(path, source)
     module = _run(path, source, tree)
-    name = next((n for n in names if hasattr(module, n)), names[0])
     for wanted in (name, *FUNCTIONS):
         if not hasattr(module, wanted):
             raise ModelFileError(f"{path}: there is no {_missing(wanted, module)}")
@@ -186,6 +180,15 @@ def load(
     return loaded
 
 
+def load_candidate(path: Path, settings: Mapping[str, object] | None = None) -> ModelFile:
+    """Loads a file that is compared with the model's own, with those of the settings that it has a constant for.
+
+    Its class is ModelNew, never Model: a copy of the reference would be found correct. Raises ModelFileError.
+    """
+    known = constants(_parse(path, _read(path)))
+    return load(path, {n: value for n, value in (settings or {}).items() if n in known}, "ModelNew")
+
+
 def parse_setting(text: str) -> tuple[str, object]:
     """Reads "NAME=VALUE", where VALUE is a Python literal, as the command line takes it. Raises UnknownSetting."""
     name, equals, value = text.partition("=")
@@ -196,12 +199,6 @@ def parse_setting(text: str) -> tuple[str, object]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         hint = "a number, True, None, a tuple, or a text in quotes"
         raise UnknownSetting(f"cannot set {name.strip()}: {value!r} is no Python literal ({hint})") from None
-
-
-def settable(path: Path, settings: Mapping[str, object]) -> dict[str, object]:
-    """Those of the settings that the file has a constant for. Raises ModelFileError."""
-    known = constants(_parse(path, _read(path)))
-    return {name: value for name, value in settings.items() if name in known}
 
 
 def constants(tree: ast.Module) -> dict[str, list[ast.expr]]:
@@ -318,8 +315,6 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
             exec(compile(tree, module.__file__, "exec", dont_inherit=True), vars(module))
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
         what = "the file raises when it is run"
         if isinstance(error, ModuleNotFoundError):
             what = "the file imports what is not installed (files beside it are not found: a model file stands alone)"
@@ -343,7 +338,7 @@ def _raised(path: Path, module: ModuleType, source: str, what: str, error: BaseE
     line = lines[-1] if lines else None
     where = f"{path}:{line}" if line else str(path)
     shown = f"\n    {source.split(chr(10))[line - 1].strip()}" if line else ""
-    return f"{where}: {what}: {type(error).__name__}: {error}{shown}\nMake the file run in plain PyTorch first."
+    return f"{where}: {what}: {raised(error)}{shown}\nMake the file run in plain PyTorch first."
 
 
 def _moved(values: list[Any], device: torch.device, dtype: torch.dtype | None) -> list[Any]:

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from fusewright.capture import model_file
-from fusewright.capture.model_file import SEED, ModelFile
+from fusewright.capture.model_file import SEED, ModelFile, load_candidate
 from fusewright.chip import Chip, arch_of, chip_for
-from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, ToolMissing, UnknownArch, UnknownSetting
+from fusewright.errors import EagerFailure, ToolMissing, UnknownArch, UnknownSetting, raised
 from fusewright.tools import timing
 from fusewright.tools.comparison import Judge
 from fusewright.tools.first_call import FirstCall, Job, first_call
@@ -30,7 +30,6 @@ from fusewright.tools.variations import copies_of, map_floating
 
 EAGER = "eager"
 OURS = "fusewright"
-CANDIDATE = ("ModelNew", "Model")
 # A copy reads and writes; a kernel that only reads may be a little faster than that rate says.
 IMPOSSIBLE = 0.9
 
@@ -167,7 +166,7 @@ class _Session:
         self.skipped: list[str] = []
         self.failed: dict[str, str] = {}
         self.file = model_file.load(request.reference, request.settings)
-        self.other = None if request.candidate is None else model_file.load(request.candidate, names=CANDIDATE)
+        self.other = None if request.candidate is None else load_candidate(request.candidate, request.settings)
         self.name = OURS if request.candidate is None else str(request.candidate)
         self.compiled = baselines(request.quick, request.cuda_graphs)
         if request.candidate is None:
@@ -213,8 +212,8 @@ class _Session:
             reason = "" if eager.draw_gradients() else "no output requires a gradient"
             if not reason:
                 eager.both()
-        except RAISED_BY_USER_CODE as error:
-            reason = f"eager raises {type(error).__name__}: {error}"
+        except BaseException as error:
+            reason = f"eager raises {raised(error)}"
         eager.reset()
         if not reason:
             return wanted
@@ -231,9 +230,9 @@ class _Session:
         reference = str(r.reference.resolve())
         dtype = None if r.dtype is None else str(r.dtype).removeprefix("torch.")
         shared = (reference, dict(r.settings or {}), dtype, r.tf32)
-        jobs = {name: Job(reference, ("Model",), *shared, c, backward) for name, c in self.compiled.items()}
+        jobs = {name: Job(reference, False, *shared, c, backward) for name, c in self.compiled.items()}
         if r.candidate is not None:
-            jobs[self.name] = Job(str(r.candidate.resolve()), CANDIDATE, *shared, None, backward)
+            jobs[self.name] = Job(str(r.candidate.resolve()), True, *shared, None, backward)
         found = {}
         for name, job in jobs.items():
             self.say(f"first call of {name}: cold and warm, each in a new process")
@@ -276,8 +275,8 @@ class _Session:
                     candidate.prepare()
                     candidate.run()
                 runner.reset()
-            except RAISED_BY_USER_CODE as error:
-                self.failed[name] = f"{type(error).__name__}: {error}"[:2000]
+            except BaseException as error:
+                self.failed[name] = raised(error)[:2000]
             after = _flags()
             if changed := [f"{n} from {before[n]} to {after[n]}" for n in before if after[n] != before[n]]:
                 torch.set_float32_matmul_precision(_precision(self.request.tf32))
@@ -316,8 +315,8 @@ class _Session:
             exact = Runner(model, inputs, gradients=[g.double() for g in eager.gradients])
             with in_double():
                 return self._seeded(exact, 0)
-        except RAISED_BY_USER_CODE as error:
-            self.skipped.append(f"float64 oracle: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        except BaseException as error:
+            self.skipped.append(f"float64 oracle: {raised(error).partition(chr(10))[0][:200]}")
             return {}
 
     def _time(

@@ -26,13 +26,13 @@ SECONDS = 900  # the most that one process may take
 
 @dataclass(frozen=True)
 class Job:
-    """What a process runs. names: what the class may be called. compiled: arguments of torch.compile, or None.
+    """What a process runs. candidate: whether the class is ModelNew. compiled: arguments of torch.compile, or None.
 
     inputs: the model file whose inputs are used, where that is another. dtype: its name, or None.
     """
 
     path: str
-    names: tuple[str, ...]
+    candidate: bool
     inputs: str
     settings: Mapping[str, object]
     dtype: str | None
@@ -93,7 +93,7 @@ def _child(job: Job) -> float:
     square = torch.ones(64, 64, device=device)
     (square @ square).sum().item()
     start = time.perf_counter()
-    file = model_file.load(job.path, job.settings if job.path == job.inputs else None, names=job.names)
+    file = (model_file.load_candidate if job.candidate else model_file.load)(Path(job.path), job.settings)
     torch.set_float32_matmul_precision("high" if job.tf32 else "highest")
     runner = Runner(file.build(model_file.SEED).to(device=device, dtype=dtype), inputs, job.compiled)
     if job.backward:

@@ -238,7 +238,7 @@ def _verify_and_write(request: Request, text: str, console: Console) -> dict[str
         with console.status("building the file with nvcc and verifying it") as status:
             report = verify(
                 Subject.of_file(str(request.path), lambda: model_file.load(request.path, request.settings)),
-                Subject.of_file(str(request.out), lambda: model_file.load(trial, names=("ModelNew",))),
+                Subject.of_file(str(request.out), lambda: model_file.load_candidate(trial)),
                 device="cuda",
                 dtype=request.dtype,
                 progress=lambda name, done, total: status.update(f"verifying: {name} ({done + 1} of {total})"),

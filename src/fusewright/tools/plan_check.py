@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.capture.model import CapturedModel, OutputIndex, capture
+from fusewright.capture.model import CapturedModel, OutputIndex, Saved, capture
 from fusewright.chip import Chip
 from fusewright.fusion import reference
 from fusewright.ir.graph import TensorType
@@ -166,13 +166,16 @@ class _Trial:
         found |= {f"result {i} in training": r for i, r in enumerate(kept[: captured.outputs])}
         sources: dict[str, Any] = {"argument": arguments, "output": kept, "gradient": self.gradients}
         assert captured.backward is not None
-        inputs: list[Any] = [
-            captured_size(captured, i, backward=True) if s.kind == "size" else sources[s.kind][s.index]
-            for i, s in enumerate(captured.saved)
-        ]
-        for i, s in enumerate(captured.saved):
-            if s.kind == "gradient":  # of any layout; a written file brings it into the one that was planned for
-                inputs[i] = _laid_out(inputs[i], captured.backward.inputs[i].tensor, captured.sizes)
+        planned = captured.backward.inputs
+
+        def given(i: int, saved: Saved) -> Any:
+            if saved.kind == "size":
+                return captured_size(captured, i, backward=True)
+            value = sources[saved.kind][saved.index]
+            # a gradient is of any layout; a written file brings it into the one that was planned for
+            return _laid_out(value, planned[i].tensor, captured.sizes) if saved.kind == "gradient" else value
+
+        inputs = [given(i, saved) for i, saved in enumerate(captured.saved)]
         for expression, gradient in zip(captured.arguments, runners[2](*inputs), strict=True):
             if gradient is not None and isinstance(gradient, torch.Tensor):
                 found[f"gradient of {expression}"] = gradient

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusewright.errors import RAISED_BY_USER_CODE
+from fusewright.errors import raised
 
 WARM_UPS = 10
 TRIALS = 50
@@ -84,8 +84,8 @@ def _warm_up(candidate: Candidate) -> str | None:
             candidate.prepare()
             candidate.run()
         torch.cuda.synchronize()
-    except RAISED_BY_USER_CODE as error:
-        return f"{type(error).__name__}: {error}"[:2000]
+    except BaseException as error:
+        return raised(error)[:2000]
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusewright.errors import RAISED_BY_USER_CODE, FusewrightError
+from fusewright.errors import FusewrightError, raised
 from fusewright.tools.comparison import GRADIENT, Judge, Named
 from fusewright.tools.trial import (
     SEED,
@@ -178,6 +178,6 @@ def _differentiate_twice(trial: Trial, module: nn.Module, inputs: Inputs) -> Nam
             total = torch.stack(terms).sum()
             seconds = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         trial.synchronize()
-    except RAISED_BY_USER_CODE as error:
-        raise trial.error(module, f"{type(error).__name__}: {error}") from error
+    except BaseException as error:
+        raise trial.error(module, raised(error)) from error
     return {GRADIENT + n: g for n, g in zip(leaves, seconds, strict=True)}

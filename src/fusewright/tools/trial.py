@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.without_gpu import without_gpu
-from fusewright.errors import RAISED_BY_USER_CODE
+from fusewright.errors import raised
 from fusewright.tools.comparison import GRADIENT, Judge, Named, same_bits
 from fusewright.tools.variations import Inputs, copies_of, map_floating
 
@@ -153,8 +153,8 @@ class Trial:
                 result = module(*inputs)
             self.synchronize()
             return result
-        except RAISED_BY_USER_CODE as error:
-            raise self.error(module, f"{type(error).__name__}: {error}") from error
+        except BaseException as error:
+            raise self.error(module, raised(error)) from error
 
     def synchronize(self) -> None:
         """Waits for the whole device, so that work on any stream is finished."""
@@ -210,8 +210,8 @@ class Trial:
                 for last in [False, True] if backward.retain else [True]:
                     torch.autograd.backward(outputs, gradients, retain_graph=not last)
             self.synchronize()
-        except RAISED_BY_USER_CODE as error:
-            raise self.error(module, f"in backward: {type(error).__name__}: {error}") from error
+        except BaseException as error:
+            raise self.error(module, f"in backward: {raised(error)}") from error
 
     def output_gradients(self, module: nn.Module, outputs: list[Tensor], kind: str) -> list[Tensor]:
         """The same random numbers for all three modules: those that eager's dtype can hold."""

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fusewright.capture.model_file import ModelFile
-from fusewright.errors import RAISED_BY_USER_CODE, EagerFailure, FusewrightError
+from fusewright.errors import EagerFailure, FusewrightError, raised
 from fusewright.tools import checks, training_checks
+from fusewright.tools.arguments import Leaves, difference, leaves
 from fusewright.tools.comparison import EVERY_ELEMENT, Judge, same_bits
 from fusewright.tools.flags import torch_flags
 from fusewright.tools.trial import SEED, Backward, CandidateError, Refused, Trial, first_line, inner
@@ -158,8 +159,8 @@ def _perform(spec: _Spec, trial: Trial) -> Check | None:
         return None
     except CandidateError as error:
         judge.fail(str(error))
-    except RAISED_BY_USER_CODE as error:  # the candidate's own code runs in here
-        judge.fail(f"{type(error).__name__}: {error}")
+    except BaseException as error:  # the candidate's own code runs in here
+        judge.fail(raised(error))
     trial.skipped[before:] = [f"{spec.name}: {reason}" for reason in trial.skipped[before:]]
     verdict = judge.verdict()
     if not verdict.problems and not verdict.figures and len(trial.skipped) > before:
@@ -177,16 +178,23 @@ def _detail(problems: Sequence[str], figures: Mapping[str, float]) -> str:
     return f"worst {figures[metric]:.2f}× eager's error ({metric})"
 
 
+@contextmanager
+def _eager(what: str) -> Iterator[None]:
+    """Runs the reference's code: what it raises is no fault of the candidate."""
+    try:
+        yield
+    except FusewrightError:
+        raise
+    except BaseException as error:
+        raise EagerFailure(f"{what} {raised(error)}") from error
+
+
 def _drawer(subject: Subject, device: torch.device, dtype: torch.dtype | None) -> Callable[[int], Inputs]:
     @lru_cache(maxsize=8)
     def draw(seed: int) -> Inputs:
         torch.manual_seed(seed)
-        try:
+        with _eager(f"get_inputs of {subject.name} raises"):
             inputs = list(subject.inputs())
-        except FusewrightError:
-            raise
-        except RAISED_BY_USER_CODE as error:
-            raise EagerFailure(f"get_inputs of {subject.name} raises {type(error).__name__}: {error}") from error
         inputs = pytree.tree_map(lambda x: x.detach().to(device) if isinstance(x, Tensor) else x, inputs)
         return inputs if dtype is None else map_floating(inputs, lambda t: t.to(dtype))
 
@@ -203,18 +211,15 @@ def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype | None) 
 
 
 def _eager_build(subject: Subject, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    try:
+    with _eager(f"{subject.name} cannot be built:"):
         return _placed(_seeded(subject, SEED), device, dtype)
-    except FusewrightError:
-        raise
-    except RAISED_BY_USER_CODE as error:
-        raise EagerFailure(f"{subject.name} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _oracle(subject: Subject, device: torch.device) -> nn.Module | None:
     try:
         return _seeded(subject, SEED).to(device).double()
-    except RAISED_BY_USER_CODE:
+    except BaseException as error:
+        raised(error)
         return None
 
 
@@ -232,8 +237,8 @@ def _initialisation(reference: Subject, candidate: Subject) -> tuple[nn.Module |
             if different:
                 problems.append(f"{', '.join(different)}: other values from the same seed")
         inner(module).load_state_dict(expected)  # type: ignore[arg-type]
-    except RAISED_BY_USER_CODE as error:
-        problems.append(f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        problems.append(raised(error))
         module = None
     detail = _detail(list(dict.fromkeys(problems)), {}) or "the same parameters, bit for bit"
     return module, Check("initialisation", not problems, detail, {})
@@ -247,41 +252,21 @@ def _same_arguments(reference: Subject, candidate: Subject) -> Check:
         "get_inputs": (reference.inputs, candidate.inputs),
     }
     for function, (wanted, given) in pairs.items():
-        expected = _arguments(wanted)
+        with _eager(f"{function} of {reference.name} raises"):
+            expected, again = _arguments(wanted), _arguments(wanted)
         try:
             found = _arguments(given)
-        except Exception as error:
-            problems.append(f"{function}: {type(error).__name__}: {error}")
+        except BaseException as error:
+            problems.append(f"{function}: {raised(error)}")
             continue
-        if _equal(found, expected) or not _equal(_arguments(wanted), expected):
-            continue  # or nothing that a seed decides
-        what, others = _described(found), _described(expected)
-        differs = f"gives {what} where the reference's gives {others}" if what != others else "gives other values"
-        problems.append(f"{function} {differs}")
+        if what := difference(found, expected, again):
+            problems.append(f"{function}(){what}")
     return Check("arguments", not problems, _detail(problems, {}) or "the same as the reference's", {})
 
 
-def _arguments(function: Callable[[], Sequence[Any]]) -> list[Any]:
+def _arguments(function: Callable[[], Sequence[Any]]) -> Leaves:
     torch.manual_seed(SEED)
-    return list(function())
-
-
-def _equal(a: list[Any], b: list[Any]) -> bool:
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return same_bits(x.cpu(), y.cpu())
-        return type(x) is type(y) and bool(x == y)
-
-    if pytree.tree_structure(a) != pytree.tree_structure(b):
-        return False
-    return all(map(same, pytree.tree_leaves(a), pytree.tree_leaves(b)))
-
-
-def _described(arguments: list[Any]) -> str:
-    def text(x: Any) -> str:
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
-
-    return ", ".join(text(x) for x in pytree.tree_leaves(arguments)) or "nothing"
+    return leaves(function())
 
 
 def _prepare(trial: Trial) -> None:

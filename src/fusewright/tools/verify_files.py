@@ -21,7 +21,6 @@ from fusewright.tools.optimize import checked, load_and_capture
 from fusewright.tools.small import SIMULATED, small
 from fusewright.tools.verify import Subject, render, verify
 
-CANDIDATE = ("ModelNew",)  # not Model: a copy of the reference would be found correct
 _WRITTEN_BY = re.compile(r"^# Written by fusewright .* for (\w+)[:,]", re.MULTILINE)
 
 
@@ -38,7 +37,7 @@ def verify_files(
     schedules: thread orders that the simulator tries, where it is used.
     """
     first = model_file.load(reference, settings)  # bad files are told apart from bad results
-    second = model_file.load(candidate, model_file.settable(candidate, settings), names=CANDIDATE)
+    second = model_file.load_candidate(candidate, settings)
     written = _WRITTEN_BY.search(second.source)
     if written and not torch.cuda.is_available():
         return _simulated(reference, candidate, written[1], dtype, settings, console, schedules)
