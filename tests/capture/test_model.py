@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fusewright.capture.model import capture
+from fusewright.capture.without_gpu import without_gpu
 
 
 class Scaled(nn.Module):
@@ -49,3 +50,15 @@ def test_a_single_row_that_is_no_batch_stays_one() -> None:
     (output,) = captured.inference.outputs
     assert output is not None and output.type is not None
     assert output.type.shape == (4, 9)
+
+
+class Heads(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (3, -1)).transpose(0, 1) * 2
+
+
+def test_unflatten_where_cuda_is_redirected() -> None:
+    """A method of Tensor in Python, which Dynamo did not follow there."""
+    with without_gpu():
+        (result,) = capture(Heads(), [torch.randn(4, 12)]).inference.outputs
+    assert result is not None and result.tensor.shape[0] == 3

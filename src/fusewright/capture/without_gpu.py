@@ -31,6 +31,8 @@ class _OnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.cuda:
             return args[0]
+        if func is Tensor.unflatten:  # calls super(), which Dynamo cannot follow from within a mode
+            func = torch.unflatten
         if func is Tensor.to and len(args) > 1 and type(args[1]) is int:
             args = (args[0], "cpu", *args[2:])
         kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
