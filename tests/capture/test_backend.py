@@ -395,7 +395,8 @@ def test_one_slice_of_another_result(dynamic: bool, requires_grad: bool) -> None
 
     def model(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         whole = torch.einsum("...k,nk->...n", x, weight).reshape(2, x.shape[1], 1, 3, 9)
-        return whole.flatten(3, 4)[1:], whole
+        part = whole.flatten(3, 4)[1:]
+        return (whole, part) if dynamic else (part, whole)
 
     x = torch.randn(2, 7, 3, 3, dtype=torch.float64)
     if dynamic:
@@ -413,6 +414,16 @@ def test_one_slice_of_reshaped_columns(view: str) -> None:
         return y.narrow(2, 1, 7).unflatten(0, (3, 1))[1:2]
 
     assert_same_views(compiled(model), model, torch.randn(3, 7, 8), torch.randn(24, 8))
+
+
+def test_results_that_share_part_of_a_product() -> None:
+    """None is dense; of a graph with gradients as of one without."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        half = F.linear(x, weight).chunk(2, 2)[0]
+        return half[:, ::2], half
+
+    assert_same_views(compiled(model), model, torch.randn(3, 7, 8), torch.randn(24, 8, requires_grad=True))
 
 
 def test_only_some_inputs_need_gradients() -> None:
