@@ -377,6 +377,55 @@ def test_results_that_are_inputs_views_or_equal() -> None:
     assert actual[5].data_ptr() != actual[6].data_ptr()
 
 
+def assert_same_views(run: Any, model: Any, *inputs: torch.Tensor) -> None:
+    """Values, strides, offsets, and which results share memory."""
+    results = flat(run(*inputs)), flat(model(*inputs))
+    assert_as_eager(lambda *_: results[0], lambda *_: results[1], *inputs)
+    actual, expected = (
+        [(r.storage_offset(), r.untyped_storage().data_ptr() == found[0].untyped_storage().data_ptr()) for r in found]
+        for found in results
+    )
+    assert actual == expected
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_one_slice_of_another_result(dynamic: bool, requires_grad: bool) -> None:
+    """AOTAutograd makes the slice again from the whole, by the offset that the graph's own result has."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = torch.einsum("...k,nk->...n", x, weight).reshape(2, x.shape[1], 1, 3, 9)
+        part = whole.flatten(3, 4)[1:]
+        return (whole, part) if dynamic else (part, whole)
+
+    x = torch.randn(2, 7, 3, 3, dtype=torch.float64)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    weight = torch.randn(9, 3, dtype=torch.float64, requires_grad=requires_grad)
+    assert_same_views(compiled(model), model, x, weight)
+
+
+@pytest.mark.parametrize("view", ["heads", "windows"])
+def test_one_slice_of_reshaped_columns(view: str) -> None:
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, weight)
+        if view == "heads":
+            return y.flatten(0, 1)[:, :12].unflatten(-1, (3, 4)).transpose(0, 1)[:1]
+        return y.narrow(2, 1, 7).unflatten(0, (3, 1))[1:2]
+
+    assert_same_views(compiled(model), model, torch.randn(3, 7, 8), torch.randn(24, 8))
+
+
+def test_results_that_share_part_of_a_product() -> None:
+    """None is dense; of a graph with gradients as of one without."""
+
+    def model(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        half = F.linear(x, weight).chunk(2, 2)[0]
+        return half[:, ::2], half
+
+    assert_same_views(compiled(model), model, torch.randn(3, 7, 8), torch.randn(24, 8, requires_grad=True))
+
+
 def test_only_some_inputs_need_gradients() -> None:
     model = Headline(dtype=torch.float64)
     for wanted in ("linear.weight", "linear.bias"):

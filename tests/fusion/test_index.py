@@ -101,12 +101,26 @@ def test_an_axis_is_split_only_where_it_may_be() -> None:
     [
         ((Dim((0,)),), (6,), (4,), "mixes"),
         ((Dim((0,), 1, 2),), (6,), (2, 3), "slice"),
-        ((Dim(), Dim((0,))), (4, 6), (24,), "broadcast"),
+        ((Dim((0,)), Dim((), 2)), (6, 4), (3, 8), "slice"),
+        ((Dim((0,)), Dim((), 1), Dim((0,))), (6, 4, 6), (144,), "slice"),
     ],
 )
 def test_refusals_say_why(dims: Any, old: Any, new: Any, message: str) -> None:
     with pytest.raises(NotAffine, match=message):
         regroup(dims, old, new, Space.of((6,)))
+
+
+@pytest.mark.parametrize(
+    ("dims", "old", "new", "expected"),
+    [
+        ((Dim(), Dim((0,))), (4, 6), (24,), (Dim((0,)),)),
+        ((Dim((), 3), Dim((0,))), (4, 6), (24,), (Dim((0,), 18),)),
+        ((Dim((0,)), Dim((), 3)), (6, 4), (1, 24), (Dim(), Dim((0,), 3, 4))),
+        ((Dim((), 1), Dim((0,))), (4, 6), (4, 1, 6), (Dim((), 1), Dim(), Dim((0,)))),
+    ],
+)
+def test_one_of_a_larger_dimension_is_reshaped(dims: Any, old: Any, new: Any, expected: Any) -> None:
+    assert regroup(dims, old, new, Space.of((6,))) == expected
 
 
 def test_symbolic_sizes() -> None:

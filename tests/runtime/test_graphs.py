@@ -16,8 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fusewright import compiler
 from fusewright.capture.backend import decompositions, donate_nothing, stationary
-from fusewright.capture.fx import from_fx
-from fusewright.capture.joint import RESULTS, partition_joint
+from fusewright.capture.fx import RESULTS, from_fx
+from fusewright.capture.joint import partition_joint
 from fusewright.errors import CannotReplay
 from fusewright.fusion import reference
 from fusewright.runtime import graphs

@@ -16,8 +16,8 @@ from torch._functorch import config as functorch_config
 from fusewright import compiler
 from fusewright.capture.arguments import bringing
 from fusewright.capture.direct import Direct
-from fusewright.capture.fx import from_fx
-from fusewright.capture.joint import RESULTS, partition_joint
+from fusewright.capture.fx import RESULTS, from_fx
+from fusewright.capture.joint import partition_joint
 from fusewright.chip import DEFAULT_ARCH, chip_for
 from fusewright.errors import FrozenGradients, MixedDevices
 from fusewright.fusion.plan import FusionPlan

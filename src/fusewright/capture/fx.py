@@ -35,6 +35,9 @@ from fusewright.ir.value import Value
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DTYPES = FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
+# In the `meta` of a forward module: how many of its outputs are the caller's; those after them are saved for backward.
+RESULTS = "fusewright_results"
+
 
 def from_fx(module: fx.GraphModule) -> Graph:
     """Converts a functional ATen graph whose nodes carry `meta["val"]`; unknown operators become `aten` nodes."""
@@ -81,7 +84,7 @@ class Importer:
                 self.values[node] = self.placeholder(node, len(inputs))
                 inputs.append(self.values[node])  # type: ignore[arg-type]
             elif node.op == "output":
-                outputs = self.outputs(node)
+                outputs = self.outputs(node, module.meta.get(RESULTS, 0))
             elif node.op == "get_attr":
                 self.values[node] = self.held(getattr(module, node.target), node)
             else:
@@ -107,8 +110,13 @@ class Importer:
                 return self.builder.constant(tensor.item(), tensor.dtype, self.device)
         return self.builder.node("aten", (), type_of(tensor), target=_Held(tensor), args=(), kwargs=())
 
-    def outputs(self, node: fx.Node) -> tuple[Output, ...]:
-        """Results that eager gives memory of their own get it here too, although equal values are one node."""
+    def outputs(self, node: fx.Node, known: int) -> tuple[Output, ...]:
+        """Results that eager gives memory of their own get it here too, although equal values are one node.
+
+        known: how many results are the caller's, in a forward that was written out again. They have had those copies,
+        and their values no longer tell which of them share memory. What is saved beside them keeps memory of its own,
+        because the caller may overwrite them.
+        """
         results: list[Output] = []
         placeholders = {n: self.values[n] for n in node.graph.find_nodes(op="placeholder")}
         storages: dict[Node, Any] = {value: _storage(n) for n, value in placeholders.items() if value is not None}
@@ -120,7 +128,8 @@ class Importer:
             result = self.values[source]
             if result is not None and result.type is not None:
                 base = base_of(result)
-                if storages.setdefault(base, _storage(source)) != _storage(source):
+                shares = storages.setdefault(base, _storage(source)) == _storage(source)
+                if not shares and position >= known:
                     result = self.builder.node("copy", (result,), type_of(source.meta["val"]), of=position)
                 if result.tensor.device != source.meta["val"].device:
                     result = self.moved(result, source.meta["val"])

@@ -11,15 +11,12 @@ import torch
 from torch import fx
 from torch._functorch import partitioners
 
-from fusewright.capture.fx import IRCall, from_fx
+from fusewright.capture.fx import RESULTS, IRCall, from_fx
 from fusewright.capture.metadata import as_torch_has_it
 from fusewright.ir.graph import Graph, Node, TensorType
 from fusewright.passes import pipeline
 from fusewright.passes.format import Capabilities, encode_operands
 from fusewright.passes.training import Partition, partition
-
-# In the `meta` of a forward module: how many of its outputs are the caller's; those after them are saved for backward.
-RESULTS = "fusewright_results"
 
 
 def partition_joint(

@@ -13,7 +13,7 @@ from typing import TypeVar
 import sympy
 
 from fusewright.ir.graph import Node
-from fusewright.ir.size import Size, divides, product, same
+from fusewright.ir.size import Size, divides, matching_groups, product, same
 
 
 class NeedsSplit(Exception):
@@ -34,7 +34,7 @@ class Dim:
 
     axes: tuple[int, ...] = ()
     start: Size = 0
-    step: int = 1
+    step: Size = 1
 
     @property
     def plain(self) -> bool:
@@ -128,15 +128,11 @@ def result_maps(views: Sequence[Node], dims: Map, space: Space) -> Map:
     return dims
 
 
-def regroup(dims: Map, old: Sequence[Size], new: Sequence[Size], space: Space) -> Map:
+def regroup(dims: Sequence[Dim], old: Sequence[Size], new: Sequence[Size], space: Space) -> Map:
     """The map of a reshaped value: the same axes, in the same order, dealt out to dimensions of other sizes."""
-    flat: list[int] = []
-    for dim, size in zip(dims, old, strict=True):
-        if not dim.plain:
-            return _regroup_sliced(dims, old, new)
-        if not same(product(space.sizes[a] for a in dim.axes), size):
-            raise NotAffine("a broadcast dimension is reshaped")
-        flat += dim.axes
+    if not all(_whole(d, size, space) for d, size in zip(dims, old, strict=True)):
+        return _regroup_sliced(dims, old, new, space)
+    flat = [axis for dim in dims for axis in dim.axes]
     result = []
     for size in new:
         taken: list[int] = []
@@ -159,14 +155,44 @@ def regroup(dims: Map, old: Sequence[Size], new: Sequence[Size], space: Space) -
     return tuple(result)
 
 
-def _regroup_sliced(dims: Map, old: Sequence[Size], new: Sequence[Size]) -> Map:
-    """A sliced value can only gain or lose dimensions of size 1."""
+def _whole(dim: Dim, size: Size, space: Space) -> bool:
+    """Whether the axes of a dimension run over all of it: it is no part of a slice."""
+    return dim.plain and same(product(space.sizes[a] for a in dim.axes), size)
+
+
+def _regroup_sliced(dims: Sequence[Dim], old: Sequence[Size], new: Sequence[Size], space: Space) -> Map:
+    """A sliced dimension may stay what it is, or become part of a larger one; whole ones beside it are dealt out."""
+    if any(same(size, 1) and (d.axes or not same(d.start, 0)) for d, size in zip(dims, old, strict=True)):
+        raise NotAffine("a slice is reshaped")
     wide = [(d, size) for d, size in zip(dims, old, strict=True) if not same(size, 1)]
     kept = [s for s in new if not same(s, 1)]
-    points = [d for d, size in zip(dims, old, strict=True) if same(size, 1) and not d.plain]
-    if points or len(kept) != len(wide) or not all(same(a, b) for a, (_, b) in zip(kept, wide, strict=True)):
+    groups = matching_groups([size for _, size in wide], kept)
+    if groups is None:
         raise NotAffine("a slice is reshaped")
-    return tuple(Dim() if same(s, 1) else wide.pop(0)[0] for s in new)
+    result: list[Dim] = []
+    for left, right in groups:
+        run = [wide[i] for i in left]
+        if len(right) == 1:
+            result.append(_joined(run, space))
+        elif all(_whole(d, size, space) for d, size in run):
+            result += regroup([d for d, _ in run], [size for _, size in run], [kept[i] for i in right], space)
+        else:
+            raise NotAffine("a slice is reshaped")
+    return tuple(Dim() if same(s, 1) else result.pop(0) for s in new)
+
+
+def _joined(run: Sequence[tuple[Dim, Size]], space: Space) -> Dim:
+    """Neighbouring dimensions, outermost first, as one. Raises NotAffine if its axes are no mixed-radix number."""
+    joined, _ = run[0]
+    for dim, size in run[1:]:
+        start = size * joined.start + dim.start
+        if not dim.axes:
+            joined = Dim(joined.axes, start, size * joined.step)
+        elif not joined.axes or same(size * joined.step, dim.step * product(space.sizes[a] for a in dim.axes)):
+            joined = Dim((*joined.axes, *dim.axes), start, dim.step)
+        else:
+            raise NotAffine("a slice is reshaped")
+    return joined
 
 
 def axis_strides(dims: Map, stride: Sequence[Size], space: Space) -> tuple[dict[int, Size], Size]:
