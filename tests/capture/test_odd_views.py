@@ -51,3 +51,17 @@ def test_a_size_that_nothing_saved_has(function: Any) -> None:
         torch._dynamo.mark_dynamic(x, 0)
         ours, theirs = (torch.autograd.grad(call(x).sum(), x)[0] for call in (run, function))
         torch.testing.assert_close(ours, theirs)
+
+
+def test_what_the_backward_computes_again_knows_its_sizes() -> None:
+    """The rows of a strided operand, which are laid out anew for both products."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w)
+
+    run, w = compiled(model), torch.randn(6, 5, requires_grad=True)
+    for batch in (7, 3):
+        x = torch.randn(batch, 4, 10)[..., ::2]
+        torch._dynamo.mark_dynamic(x, 0)
+        ours, theirs = (torch.autograd.grad(call(x, w).sum(), w)[0] for call in (run, model))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -50,9 +50,15 @@ def partition_joint(
 
 def _sizes_of_backward(split: Partition, num_fwd_outputs: int) -> list[Node]:
     """The size arguments that the backward uses: maybe no tensor that it is given has that size."""
-    graph = split.graph
-    early = {*Graph(graph.inputs, (*graph.outputs[:num_fwd_outputs], *split.saved), graph.origins).nodes()}
-    used = {size for node in graph.nodes() if node not in early for size in _sizes(graph, node)}
+    graph, saved = split.graph, set(split.saved)
+    computed: set[Node] = set()  # there, some of it as in the forward
+    pending = [o for o in graph.outputs[num_fwd_outputs:] if o is not None]
+    while pending:
+        node = pending.pop()
+        if node not in computed and node not in saved:
+            computed.add(node)
+            pending += node.inputs
+    used = {size for node in computed for size in _sizes(graph, node)}
     return [n for n in graph.inputs if n in used]
 
 
