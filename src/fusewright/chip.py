@@ -48,6 +48,11 @@ def chip_for(arch: str) -> Chip:
         raise UnknownArch(f"unknown architecture {arch!r}; choose one of {', '.join(CHIPS)}") from None
 
 
+def can_overlap(arch: str) -> bool:
+    """Whether a launch may begin while the one before it still ends, as from compute capability 9.0 on."""
+    return int(arch.removeprefix("sm_").rstrip("a")) >= 90
+
+
 def arch_of(capability: tuple[int, int]) -> str:
     """Returns the architecture for a compute capability, such as (9, 0) → "sm_90a". Raises UnknownArch."""
     major, minor = capability

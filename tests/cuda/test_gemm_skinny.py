@@ -44,7 +44,7 @@ class Skinny:
         args = *operands, SIZE, SIZE, SIZE, BufferArg("bias", torch.float32), *written
         stage = (2 * self.row_tiles + self.tiles) * 4096
         spec = launch_of(self.source(), 256, *args, shared_bytes=min(8, 98304 // stage) * stage)
-        return replace(spec, ahead=("b",)) if self.early else spec
+        return replace(spec, early=True, ahead=("b",)) if self.early else spec
 
     def source(self) -> str:
         return f"""{INCLUDES.get(self.element, "")}#include "gemm_skinny.cuh"

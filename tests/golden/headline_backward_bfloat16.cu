@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include "column_sum.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     static constexpr int kColumnSums = 1;
@@ -45,6 +46,8 @@ extern "C" __global__ void __launch_bounds__(Kernel::kThreads)
 fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_split,
     const uint8_t* __restrict__ x3, const __nv_bfloat16* __restrict__ x4, __nv_bfloat16* __restrict__ t1,
     __nv_bfloat16* __restrict__ out2) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{x3, x4, t1, out2});
 }
 
@@ -52,6 +55,7 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
 #include <cuda_bf16.h>
 #include "gemm_simt.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     __nv_bfloat16* __restrict__ out;
@@ -75,6 +79,8 @@ extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMul
 fused_mm(const __nv_bfloat16* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
     const __nv_bfloat16* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
     int64_t K, __nv_bfloat16* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out});
 }
 
@@ -82,6 +88,7 @@ fused_mm(const __nv_bfloat16* __restrict__ a, int64_t a_row_stride, int64_t a_k_
 #include <cuda_bf16.h>
 #include "gemm_simt.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     __nv_bfloat16* __restrict__ out1;
@@ -105,5 +112,7 @@ extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMul
 fused_mm_2(const __nv_bfloat16* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride,
     const __nv_bfloat16* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
     int64_t K, __nv_bfloat16* __restrict__ out1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out1});
 }

@@ -1,5 +1,6 @@
 #include "column_sum.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     static constexpr int kColumnSums = 1;
@@ -39,12 +40,15 @@ extern "C" __global__ void __launch_bounds__(Kernel::kThreads)
 fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_split,
     const uint8_t* __restrict__ x3, const float* __restrict__ x4, float* __restrict__ t1,
     float* __restrict__ out2) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{x3, x4, t1, out2});
 }
 
 
 #include "gemm_simt.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     float* __restrict__ out;
@@ -66,12 +70,15 @@ using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::K
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
 fused_mm(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
     int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out});
 }
 
 
 #include "gemm_simt.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     float* __restrict__ out1;
@@ -93,5 +100,7 @@ using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::M
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
 fused_mm_2(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
     int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out1});
 }

@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include "gemm_simt.cuh"
 #include "scalar.cuh"
+#include "launch.cuh"
 
 struct Epilogue {
     const __nv_bfloat16* __restrict__ x3;
@@ -38,5 +39,7 @@ fused_addmm_mul_leaky_relu(const __nv_bfloat16* __restrict__ a, int64_t a_row_st
     const __nv_bfloat16* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
     int64_t K, const __nv_bfloat16* __restrict__ x3, __nv_bfloat16* __restrict__ out,
     uint8_t* __restrict__ mask) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{x3, out, mask});
 }

@@ -148,12 +148,17 @@ class Recorder:
                 "block": (config.blockDimX, config.blockDimY, config.blockDimZ),
                 "shared": config.sharedMemBytes,
                 "stream": int(config.hStream),
-                "cluster": [(a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z) for a in config.attrs],
+                "attributes": [attribute(a) for a in config.attrs],
                 "context": self.current,
                 "function": int(function),
             }
         )
         return (results(self.status),)
+
+
+def attribute(a: Any) -> tuple[str, Any]:
+    name, dim = a.id.name.removeprefix("CU_LAUNCH_ATTRIBUTE_"), a.value.clusterDim
+    return name, (dim.x, dim.y, dim.z) if "CLUSTER" in name else a.value.programmaticStreamSerializationAllowed
 
 
 @pytest.fixture
@@ -169,8 +174,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     driver._primary_context.cache_clear()
 
 
-def kernel_of(spec: LaunchSpec) -> Kernel:
-    return Kernel(spec, 77)
+def kernel_of(spec: LaunchSpec, arch: str = "sm_90a") -> Kernel:
+    return Kernel(spec, 77, arch)
 
 
 def test_launch_passes_everything(recorder: Recorder) -> None:
@@ -184,7 +189,7 @@ def test_launch_passes_everything(recorder: Recorder) -> None:
         "block": (32, 2, 3),
         "shared": 1024,
         "stream": 1000,
-        "cluster": [],
+        "attributes": [],
         "context": 1,
         "function": 78,
     }
@@ -195,11 +200,18 @@ def test_cluster_and_large_shared_memory(recorder: Recorder) -> None:
     kernel = kernel_of(replace(AXPB, cluster=(4, 4, 1), shared_bytes=200_000))
     kernel.launch((0, 0.0, 0.0, 0, 0), GRID, 0)
     kernel.launch((0, 0.0, 0.0, 0, 0), GRID, 0)
-    assert [launch["cluster"] for launch in recorder.launches] == [[(4, 4, 1)]] * 2
+    assert [launch["attributes"] for launch in recorder.launches] == [[("CLUSTER_DIMENSION", (4, 4, 1))]] * 2
     assert recorder.attributes == {
         ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", 0): 200_000,
         ("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 0): 1,
     }
+
+
+@pytest.mark.parametrize(("arch", "overlaps"), [("sm_89", False), ("sm_90a", True), ("sm_100a", True)])
+def test_an_early_launch_overlaps_where_the_chip_can(recorder: Recorder, arch: str, overlaps: bool) -> None:
+    kernel_of(replace(AXPB, early=True), arch).launch((0, 0.0, 0.0, 0, 0), GRID, 0)
+    (launch,) = recorder.launches
+    assert launch["attributes"] == [("PROGRAMMATIC_STREAM_SERIALIZATION", 1)] * overlaps
 
 
 def test_every_device_is_prepared_and_used_in_its_context(recorder: Recorder) -> None:

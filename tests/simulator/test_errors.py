@@ -554,12 +554,12 @@ def test_an_access_beside_shared_memory_names_it(index: int) -> None:
 
 
 def test_what_a_launch_does_not_read_ahead_waits() -> None:
-    """Where `ahead` names nothing, the launch begins after the one before it, and there is nothing to wait for."""
+    """A launch that is not early begins after the one before it, and there is nothing to wait for."""
     body = "const float value = in[threadIdx.x];\nLINE out[threadIdx.x] = value;"
-    text = f'#include "async.cuh"\nextern "C" __global__ void f(const float* in, float* out) {{\n{body}\n}}'
+    text = f'#include "launch.cuh"\nextern "C" __global__ void f(const float* in, float* out) {{\n{body}\n}}'
     right, wrong = (launch(text.replace("LINE", line)) for line in ("fusewright::launch_before_wait();", ""))
-    specs = [replace(right, ahead=("in",)), wrong, replace(wrong, ahead=("in", "out")), replace(wrong, ahead=("in",))]
-    *fine, bad = Simulator().load(specs)
+    early = [replace(s, early=True, ahead=a) for s, a in ((right, ("in",)), (wrong, ("in", "out")), (wrong, ("in",)))]
+    *fine, bad = Simulator().load([wrong, *early])
     for kernel in fine:
         kernel([x := torch.rand(64), out := torch.zeros(64)], (2,))
         assert torch.equal(x, out)

@@ -35,7 +35,7 @@ SYNCHRONISES = re.compile(
     r"|copy_async_(?:wait|commit)|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync"
     r"|tensor_store_(?:commit|wait\w*)|launch_before_wait)(?:<[^<>;]*>)?\("
 )
-DEFINITIONS_ONLY = {"async.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
+DEFINITIONS_ONLY = {"async.cuh", "launch.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def gemm_skinny(simulator: Simulator) -> None:
     """Six steps of k through four stages: at the end copies past the last step are on their way to the first stage."""
     m, n, k = 5, 32, 700
     a, b, out = torch.randn(m, k), torch.randn(n, k), torch.zeros(m, n)
-    (kernel,) = simulator.load([replace(launch(GEMM_SKINNY, 256, 98304), ahead=("b",))], schedules=3)
+    (kernel,) = simulator.load([replace(launch(GEMM_SKINNY, 256, 98304), early=True, ahead=("b",))], schedules=3)
     kernel([a, b, out, m, n, k], (1,))
     torch.testing.assert_close(out.double(), a.double() @ b.double().t(), rtol=1e-4, atol=1e-4)
 
@@ -251,7 +251,7 @@ def gemm_sm90(simulator: Simulator) -> None:
         args = (*maps, BufferArg("out", torch.float32, written=True), SizeArg(0), SizeArg(0), SizeArg(0))
         stage = 32768 * planes
         shared = 2 * stage + 8 * 16 * 8 * 4 * 4 + 6 * 8 + 1024
-        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, (cluster, 1, 1)))
+        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, (cluster, 1, 1), early=True))
         calls.append((a, b, m, cluster))
     for kernel, (a, b, m, cluster) in zip(simulator.load(launches), calls, strict=True):
         out = torch.zeros(m, n)
@@ -303,7 +303,7 @@ def gemm_sm90_registers(simulator: Simulator) -> None:
         )
         shared = 2 * (32768 + 16384) + 8 * 16 * 8 * 4 * 4 + 6 * 8 + 1024
         source = GEMM_SM90_REGISTERS.replace("MAJOR", major)
-        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared))
+        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, early=True))
     a, b, exponent = torch.randn(m, k), torch.randn(n, k).half(), torch.zeros(1, dtype=torch.int32)
     a[20], a[50] = a[20] * 2.0**-9, a[50] * 2.0**30  # small sums beside the largest of b, in the second warp
     magnitudes = b.float().abs().amax(1)

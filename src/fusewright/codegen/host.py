@@ -199,6 +199,8 @@ class HostPrinter:
             raise NoKernel(f"{launch.kernel} has blocks or clusters of several dimensions, which are not written")
         name = self.kernels.name(launch, self.name)
         shape = [*(cxx(g) for g in launch.grid), str(launch.block[0]), str(launch.shared_bytes)]
+        if not launch.early or launch.cluster[0] > 1:
+            shape += ["true" if launch.early else "false", str(launch.cluster[0])]
         lines = []
         for arg in launch.args:
             if isinstance(arg, TensorMapArg) and arg not in maps:
@@ -207,9 +209,7 @@ class HostPrinter:
                 maps[arg] = next(n for n in names if n not in taken)
                 lines += tensor_map(maps[arg], arg)
         arguments = [maps[a] if isinstance(a, TensorMapArg) else argument(a) for a in launch.args]
-        if launch.cluster[0] > 1:
-            return [*lines, *call("launch_clusters", [str(launch.cluster[0]), name, *shape, *arguments], ";")]
-        return [*lines, *call("launch", [name, *shape, *arguments], ";")]
+        return [*lines, *call("launch", [name, f"{{{', '.join(shape)}}}", *arguments], ";")]
 
     def view(self, view: View | Matrix) -> str:
         buffer = self.plan.buffers.get(view.buffer)

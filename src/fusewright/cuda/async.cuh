@@ -1,5 +1,4 @@
-// Asynchronous copies to shared memory (cp.async), named barriers, launches that overlap: one instruction a function,
-// and nothing else.
+// Asynchronous copies to shared memory (cp.async) and named barriers: one instruction a function, and nothing else.
 // The simulator has its own version of this file.
 #pragma once
 #include "vector.cuh"
@@ -37,21 +36,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // Arrives there for those who wait, and goes on.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// For launches that may begin before the one before them has ended (`LaunchSpec.ahead`): waits until it has, and all
-// that it wrote is there. Elsewhere, and before Hopper, there is nothing to wait for.
-__device__ __forceinline__ void launch_before_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the next such launch begin once every block of this one has come here or left.
-__device__ __forceinline__ void launch_after_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 }  // namespace fusewright

@@ -13,6 +13,7 @@
 // B may be read before the launch before this one has ended, A may not (see launch_before_wait).
 #pragma once
 #include "async.cuh"
+#include "launch.cuh"
 #include "major.cuh"
 #include "mma.cuh"
 #include "vector.cuh"

@@ -13,6 +13,7 @@
 // Tensor cores round sums toward zero, so hi·hi is summed in short chains that are promoted: added, rounded to nearest,
 // to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
 #pragma once
+#include "launch.cuh"
 #include "lost_bits.cuh"
 #include "sm90.cuh"
 #include "split_f16.cuh"
@@ -127,6 +128,8 @@ template <class Config> struct GemmSm90 {
         extern __shared__ unsigned char shared[];
         const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
+        launch_before_wait();
+        launch_after_begin();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
             if (threadIdx.x == 0) produce<Kernel>(operands, memory);

@@ -144,7 +144,7 @@ template <int kPlanes> struct SplitF16 {
         }
     }
 
-    // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
+    // Every block finds the same: a look at 1 KB costs less than a launch. Infinity and NaN have no say.
     __device__ __forceinline__ static int choose_exponent(const int* largest, int count) {
         uint32_t m = 0;
         for (int i = threadIdx.x; i < count; i += kThreads) m = max(m, uint32_t(largest[i]));

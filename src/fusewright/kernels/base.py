@@ -59,7 +59,14 @@ class Family(Protocol):
 
 # What the text of a kernel names → the header that has it.
 _SYSTEM = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
-_OURS = {"fusewright::integer::": "integer.cuh", "fusewright::special::": "special.cuh"}
+_OURS = {
+    "fusewright::integer::": "integer.cuh",
+    "fusewright::special::": "special.cuh",
+    "fusewright::launch_": "launch.cuh",
+}
+
+# How the body of a kernel begins whose launch may overlap with those before and after it.
+OVERLAP = ("fusewright::launch_before_wait();", "fusewright::launch_after_begin();")
 
 
 def translation_unit(headers: Sequence[str], functor: Functor, alias: str, kernel: str) -> str:
@@ -79,4 +86,4 @@ def comment(region: Region) -> str:
     return ", ".join(region.operators) or "copy"
 
 
-__all__ = ["Family", "LibraryCall", "Program", "Refused", "comment", "initialiser", "translation_unit"]
+__all__ = ["OVERLAP", "Family", "LibraryCall", "Program", "Refused", "comment", "initialiser", "translation_unit"]

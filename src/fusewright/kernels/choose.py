@@ -50,8 +50,8 @@ def candidates(
         # The format stage has decided for halves: what does not read them does not compete.
         encoded = region.gemm is not None and region.gemm.encoded is not None
         found[region.name] = _programs(region, chip, (GemmSm90(),) if encoded else families, library and not encoded)
-    early = _early(plan)
-    return {n: programs if n in early else [_in_order(p) for p in programs] for n, programs in found.items()}
+    ahead = _may_read_ahead(plan)
+    return {n: programs if n in ahead else [_in_order(p) for p in programs] for n, programs in found.items()}
 
 
 def contenders(found: Sequence[Program]) -> list[Program]:
@@ -63,8 +63,8 @@ def contenders(found: Sequence[Program]) -> list[Program]:
     return [p for p in close if p.library or p.cost <= _HOPELESS * found[0].cost]
 
 
-def _early(plan: FusionPlan) -> set[str]:
-    """Regions whose launch may begin before the one before it has ended: that one is of the same call, and what is read
+def _may_read_ahead(plan: FusionPlan) -> set[str]:
+    """Regions whose launch may read before the one before it has ended: that one is of the same call, and what is read
     ahead was there before the call. What runs before a call, such as an optimizer, may have written anything."""
     written = {name for step in plan.steps for name in step.writes()}
     return {
@@ -75,10 +75,11 @@ def _early(plan: FusionPlan) -> set[str]:
 
 
 def _in_order(program: Program) -> Program:
-    """The program with launches that begin when those before them have ended."""
+    """The program with launches that read ahead only when those before them have ended."""
     if not any(launch.ahead for launch in program.launches):
         return program
-    return replace(program, launches=tuple(replace(launch, ahead=()) for launch in program.launches))
+    in_order = [replace(launch, early=False, ahead=()) if launch.ahead else launch for launch in program.launches]
+    return replace(program, launches=tuple(in_order))
 
 
 def _programs(region: Region, chip: Chip, own: Sequence[Family], library: bool) -> list[Program]:

@@ -15,7 +15,7 @@ from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Matrix, Region
 from fusewright.ir.size import divides, evaluate_typical
-from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
+from fusewright.kernels.base import OVERLAP, Program, Refused, comment, initialiser, translation_unit
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -138,7 +138,7 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         f"// {comment(region)}",
         'extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)',
         *call(name, declared, " {"),
-        *("    " + line for line in _body(passed, initialiser(epilogue), guard)),
+        *("    " + line for line in (*OVERLAP, *_body(passed, initialiser(epilogue), guard))),
         "}",
     ]
     m, k = gemm.a.shape
@@ -162,6 +162,7 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         args=args,
         shared_bytes=config.shared_bytes(gemm.accumulator),
         comment=comment(region),
+        early=True,
         unaligned=gemm_launch(region, config, wide=False, guard=guard) if vectorised or epilogue.aligned else None,
     )
 

@@ -167,6 +167,7 @@ def _launch(region: Region, tile: Tile) -> LaunchSpec:
         shared_bytes=tile.shared_bytes,
         comment=comment(region),
         unaligned=gemm_launch(region, CONFIGS[-1], wide=False),
+        early=True,
         ahead=(gemm.b.buffer,),
     )
 

@@ -255,6 +255,7 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=tile.shared_bytes(products, vector),
         comment=comment(region),
+        early=True,
         unaligned=_unaligned(region, tile, a, b, chip, wide and epilogue.aligned),
     )
 

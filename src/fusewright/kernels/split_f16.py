@@ -16,7 +16,7 @@ from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, Size, SizeArg,
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Matrix
 from fusewright.ir.size import evaluate_typical
-from fusewright.kernels.base import Program
+from fusewright.kernels.base import OVERLAP, Program
 from fusewright.kernels.gemm_simt import Guard, blocks, major, smaller
 
 FAMILY = "split_f16"
@@ -26,7 +26,7 @@ SAMPLES, LOST = "samples", "lost"
 
 # Of split_f16.cuh: threads of its kernels, columns and lines that a block of the split takes at a time.
 _THREADS, _COLUMNS, _LINES = 256, 512, 8
-_SAMPLE_BLOCKS = 8  # a multiprocessor, for each matrix
+_SAMPLE_BLOCKS = 2  # a multiprocessor, for each matrix
 _SPLIT_BLOCKS = 8  # a multiprocessor, for each matrix
 _SHARE = 1 / 32  # of a matrix, in the sample: an eighth to a sixty-fourth
 _BANDWIDTH = 0.8  # of the chip's, that the split reaches
@@ -137,7 +137,7 @@ def _sample(step: Encode, count: int) -> LaunchSpec:
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32, written=True))
     grid = (count, len(step.matrices), 1)
-    return LaunchSpec(_kernel(step, "sample"), text, grid, (_THREADS, 1, 1), args, comment="look at a sample")
+    return LaunchSpec(_kernel(step, "sample"), text, grid, (_THREADS, 1, 1), args, comment="look at a sample", early=True)
 
 
 def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
@@ -155,7 +155,7 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32), SizeArg(count), *(SizeArg(c) for c in counts))
     grid = (sum(counts), 1, 1)
-    return LaunchSpec(_kernel(step, "split"), text, grid, (_THREADS, 1, 1), args, comment=", ".join(step.operators))
+    return LaunchSpec(_kernel(step, "split"), text, grid, (_THREADS, 1, 1), args, comment=", ".join(step.operators), early=True)
 
 
 def _split_blocks(result: Encoded, chip: Chip) -> Size:
@@ -181,13 +181,14 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
     return "\n".join(
         [
             f'#include "{HEADER}"',
+            '#include "launch.cuh"',
             "",
             *(f"using Split{i} = fusewright::SplitF16</*Planes*/{p}>;" for i, p in planes),
             "",
             f"// {comment}",
             f'extern "C" __global__ void __launch_bounds__({_THREADS})',
             *call(_kernel(step, part), [*declared, *parameters], " {"),
-            *("    " + line for line in body),
+            *("    " + line for line in (*OVERLAP, *body)),
             "}",
             "",
         ]
@@ -215,9 +216,11 @@ def mark_lost(name: str, tiles: Size) -> LaunchSpec:
     declared = call(f"{name}_mark", ["uint8_t* __restrict__ lost", "int64_t tiles"], " {")
     source = [
         f'#include "{HEADER}"',
+        '#include "launch.cuh"',
         "",
         f'extern "C" __global__ void __launch_bounds__({_THREADS})',
         *declared,
+        *("    " + line for line in OVERLAP),
         f"    const int64_t tile = int64_t(blockIdx.x) * {_THREADS} + threadIdx.x;",
         "    if (tile < tiles) reinterpret_cast<uint64_t*>(lost)[tile] = 1;",
         "}",
@@ -225,7 +228,7 @@ def mark_lost(name: str, tiles: Size) -> LaunchSpec:
     ]
     args = (lost_arg(True), SizeArg(tiles))
     grid = (blocks(tiles, _THREADS), 1, 1)
-    return LaunchSpec(f"{name}_mark", "\n".join(source), grid, (_THREADS, 1, 1), args, comment="mark all as lost")
+    return LaunchSpec(f"{name}_mark", "\n".join(source), grid, (_THREADS, 1, 1), args, comment="mark all as lost", early=True)
 
 
 def lost_flags(tiles: Size) -> Buffer:

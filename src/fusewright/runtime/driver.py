@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusewright.chip import can_overlap
 from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg
 from fusewright.errors import LaunchError, ToolMissing
 from fusewright.runtime.nvrtc import Cubin
@@ -42,8 +43,8 @@ class Kernel:
     Its code stays loaded for the life of the process: to unload it could take it from under a launch that is queued.
     """
 
-    def __init__(self, spec: LaunchSpec, kernel: Any) -> None:
-        """Takes a spec and the `CUkernel` to launch by it."""
+    def __init__(self, spec: LaunchSpec, kernel: Any, arch: str) -> None:
+        """Takes a spec and the `CUkernel` to launch by it. arch: what it was compiled for."""
         self.spec = spec
         self._kernel = kernel
         # A context's own function is launched without the search that the driver makes for a kernel.
@@ -55,7 +56,7 @@ class Kernel:
         self._pack = layout.pack_into
         self._pointers = _pointers(spec.args, ctypes.addressof(self._slots) + self._start)
         self._parameters = ctypes.addressof(self._pointers)
-        self._config = _config(spec)
+        self._config = _config(spec, overlaps=spec.early and can_overlap(arch))
         self._grid: Grid | None = None
         self._stream: int | None = None
         self._submit = _driver().cuLaunchKernelEx
@@ -133,7 +134,7 @@ def load(cubin: Cubin, spec: LaunchSpec) -> Kernel:
     driver = _driver()
     what = f"kernel {spec.kernel}, compiled for {cubin.arch}, cannot be loaded"
     library = _checked(driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0), what)
-    return Kernel(spec, _checked(driver.cuLibraryGetKernel(library, spec.kernel.encode()), what))
+    return Kernel(spec, _checked(driver.cuLibraryGetKernel(library, spec.kernel.encode()), what), cubin.arch)
 
 
 def argument_layout(args: Sequence[Arg]) -> struct.Struct:
@@ -195,7 +196,7 @@ def _pointers(args: Sequence[Arg], base: int) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * max(len(args), 1))(*starts)
 
 
-def _config(spec: LaunchSpec) -> Any:
+def _config(spec: LaunchSpec, *, overlaps: bool) -> Any:
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.blockDimX, config.blockDimY, config.blockDimZ = spec.block
@@ -206,7 +207,7 @@ def _config(spec: LaunchSpec) -> Any:
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = spec.cluster
         attributes.append(cluster)
-    if spec.ahead:
+    if overlaps:
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1

@@ -129,7 +129,7 @@ class SimulatedKernel:
                 buffer.bytes,
                 arg.buffer.encode(),
                 arg.written,
-                not self.launch.ahead or arg.buffer in self.launch.ahead,
+                not self.launch.early or arg.buffer in self.launch.ahead,
             )
             for arg, buffer in zip(self.launch.args, buffers, strict=True)
             if isinstance(arg, BufferArg | TensorMapArg) and buffer is not None

@@ -233,8 +233,6 @@ def _host_text(functions: Sequence[str], planned: Sequence[Planned], captured: C
     if "= tensor_map(" in calls:
         parts.append(_text("emitted_tensor_map.hpp"))
         includes += ["cuda.h", "cuda_runtime_api.h"]
-    if "launch_clusters(" in calls:
-        parts.append(_text("emitted_cluster.hpp"))
     parts += [*functions, *metas]
     if _trains(planned):
         parts += [_autograd(planned, captured), *(freeze.autograd(p.plan) for p in planned if p.name == "frozen")]

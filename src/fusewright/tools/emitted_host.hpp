@@ -41,13 +41,41 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
+// Whether a launch may begin while the one before it still ends.
+bool can_overlap() {
+    int device = 0, major = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+}
+
+// early: the kernel waits for the launch before it itself (launch_before_wait).
+struct Shape {
+    int64_t x, y, z;  // blocks
+    int threads, shared_bytes;
+    bool early = true;
+    int cluster = 1;
+};
+
 // On the current stream; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int threads, int shared_bytes,
-            Arguments... arguments) {
-    if (x == 0 || y == 0 || z == 0) return;
-    if (shared_bytes > 48 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<dim3(x, y, z), threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(Parameters(arguments)...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+    if (shape.x == 0 || shape.y == 0 || shape.z == 0) return;
+    if (shape.shared_bytes > 48 * 1024)
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (shape.early && can_overlap()) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = shape.cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        ++count;
+    }
+    cudaLaunchConfig_t config{dim3(shape.x, shape.y, shape.z), dim3(shape.threads), size_t(shape.shared_bytes),
+                              c10::cuda::getCurrentCUDAStream(), attributes, unsigned(count)};
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }

@@ -18,8 +18,4 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads, FUSEWR
     fusewright_simulator::barrier_arrive(unsigned(id), unsigned(threads), FUSEWRIGHT_HERE);
 }
 
-// Launches follow one another; that what the one before may write is not touched before the wait, is checked.
-__device__ __forceinline__ void launch_before_wait() { fusewright_simulator::launch_before_wait(); }
-__device__ __forceinline__ void launch_after_begin() {}
-
 }  // namespace fusewright
