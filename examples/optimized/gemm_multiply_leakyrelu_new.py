@@ -276,7 +276,7 @@ template <int kPlanes> struct SplitF16 {
         }
     }
 
-    // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
+    // Every block finds the same: a look at 1 KB costs less than a launch. Infinity and NaN have no say.
     __device__ __forceinline__ static int choose_exponent(const int* largest, int count) {
         uint32_t m = 0;
         for (int i = threadIdx.x; i < count; i += kThreads) m = max(m, uint32_t(largest[i]));
@@ -373,6 +373,31 @@ template <int kPlanes> struct SplitF16 {
             if (first + i < columns && largest[i]) atomicMax(column_magnitudes + first + i, largest[i]);
     }
 };
+
+}  // namespace fusewright
+
+// ======== launch.cuh
+// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel may begin while the one before
+// it in the stream still ends, which hides what a launch costs, and waits for it before it touches memory.
+// The simulator has its own version of this file.
+
+namespace fusewright {
+
+// Waits until the launch before has ended, and all that it wrote is there. Every thread of every kernel whose
+// `LaunchSpec.early` is set comes here: so a launch that has ended tells that all those before it have. Elsewhere, and
+// before Hopper, there is nothing to wait for.
+__device__ __forceinline__ void launch_before_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch begin once every block of this one has come here or left: it takes no place from this one's.
+__device__ __forceinline__ void launch_after_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 }  // namespace fusewright
 
@@ -917,6 +942,8 @@ template <class Config> struct GemmSm90 {
         extern __shared__ unsigned char shared[];
         const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
+        launch_before_wait();
+        launch_after_begin();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
             if (threadIdx.x == 0) produce<Kernel>(operands, memory);
@@ -1618,6 +1645,8 @@ __global__ void __launch_bounds__(256)
 sample_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, int* __restrict__ samples) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
     if (blockIdx.y == 1) Split1::sample({x1, stride1, lines1, length1, halves1}, samples + blockIdx.y * gridDim.x);
 }
@@ -1634,6 +1663,8 @@ __global__ void __launch_bounds__(256)
 split_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     int64_t block = blockIdx.x;
     if (block < blocks0) return Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
     block -= blocks0;
@@ -1720,6 +1751,8 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1829,6 +1862,8 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out, uint8_t* __restrict__ mask) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1893,6 +1928,8 @@ __global__ void __launch_bounds__(Kernel::kThreads)
 fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_split,
     const uint8_t* __restrict__ mask, const float* __restrict__ grad, float* __restrict__ t1,
     float* __restrict__ out1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{mask, grad, t1, out1});
 }
 
@@ -1906,6 +1943,8 @@ using Split0 = fusewright::SplitF16</*Planes*/2>;
 __global__ void __launch_bounds__(256)
 sample_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     int* __restrict__ samples) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
 }
 
@@ -1919,6 +1958,8 @@ using Split0 = fusewright::SplitF16</*Planes*/2>;
 __global__ void __launch_bounds__(256)
 split_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     int64_t block = blockIdx.x;
     Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
 }
@@ -1986,6 +2027,8 @@ fused_mm_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_st
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
@@ -2068,6 +2111,8 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out2) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
@@ -2132,15 +2177,43 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
+// Whether a launch may begin while the one before it still ends.
+bool can_overlap() {
+    int device = 0, major = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+}
+
+// early: the kernel waits for the launch before it itself (launch_before_wait).
+struct Shape {
+    int64_t x, y, z;  // blocks
+    int threads, shared_bytes;
+    bool early = true;
+    int cluster = 1;
+};
+
 // On the current stream; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int threads, int shared_bytes,
-            Arguments... arguments) {
-    if (x == 0 || y == 0 || z == 0) return;
-    if (shared_bytes > 48 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<dim3(x, y, z), threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(Parameters(arguments)...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+    if (shape.x == 0 || shape.y == 0 || shape.z == 0) return;
+    if (shape.shared_bytes > 48 * 1024)
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (shape.early && can_overlap()) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = shape.cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        ++count;
+    }
+    cudaLaunchConfig_t config{dim3(shape.x, shape.y, shape.z), dim3(shape.threads), size_t(shape.shared_bytes),
+                              c10::cuda::getCurrentCUDAStream(), attributes, unsigned(count)};
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 // The driver's function, asked for by name: nothing more has to be linked.
@@ -2201,14 +2274,14 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
     {  // encode x, encode weight
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
-            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+        at::Tensor samples = at::empty_strided({528}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, {264, 2, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
-            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
-            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
-            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2,
+            {16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples), 264, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2219,11 +2292,11 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
     }
@@ -2254,14 +2327,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
     {  // encode x, encode weight
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
-            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+        at::Tensor samples = at::empty_strided({528}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, {264, 2, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
-            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
-            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
-            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2,
+            {16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples), 264, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2273,11 +2346,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(forward_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
         launch(forward_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
     }
@@ -2316,17 +2389,17 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
     if (wanted[0] || wanted[1] || wanted[2]) {  // leaky_relu_backward, mul, sum
         t1 = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
         out1 = at::empty_strided({8192}, {1}, options.dtype(at::kFloat));
-        launch(backward_leaky_relu_backward_mul_sum::fused_leaky_relu_backward_mul_sum, 256, 1, 1, 512, 0, batch,
+        launch(backward_leaky_relu_backward_mul_sum::fused_leaky_relu_backward_mul_sum, {256, 1, 1, 512, 0}, batch,
             8192, batch, pointer<uint8_t>(mask), pointer<float>(grad), pointer<float>(t1), pointer<float>(out1));
     }
 
     if (wanted[0] || wanted[2]) {  // encode t1
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(t1), 8192, batch, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(t1), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
-            pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+        launch(backward_split_f16x2::split_f16x2, {16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0},
+            pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 264,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
 
@@ -2337,10 +2410,11 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved_map = tensor_map(pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm::fused_mm, std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214080,
-            halves_map, saved_map, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
-            pointer<uint8_t>(lost), pointer<float>(out));
-        launch(backward_mm_patch::fused_mm_patch, 263, 1, 1, 128, 82432, pointer<float>(t1), 1, 8192,
+        launch(backward_mm::fused_mm,
+            {std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214080}, halves_map, saved_map,
+            8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved), pointer<uint8_t>(lost),
+            pointer<float>(out));
+        launch(backward_mm_patch::fused_mm_patch, {263, 1, 1, 128, 82432}, pointer<float>(t1), 1, 8192,
             pointer<float>(x), 8192, 1, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
             pointer<uint8_t>(lost), pointer<float>(out));
     }
@@ -2352,12 +2426,13 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved2_map = tensor_map(pointer<__half>(saved2), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, 8192, 2},
             {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm_2::fused_mm_2, std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080,
+        launch(backward_mm_2::fused_mm_2, {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080},
             halves_map, saved2_map, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
             pointer<uint8_t>(lost), pointer<float>(out2));
-        launch(backward_mm_2_patch::fused_mm_2_patch, std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128,
-            82432, pointer<float>(t1), 8192, 1, pointer<float>(weight), 8192, 1, batch, 8192, 8192,
-            pointer<int32_t>(halves), pointer<int32_t>(saved2), pointer<uint8_t>(lost), pointer<float>(out2));
+        launch(backward_mm_2_patch::fused_mm_2_patch,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(t1), 8192, 1,
+            pointer<float>(weight), 8192, 1, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
+            pointer<uint8_t>(lost), pointer<float>(out2));
     }
 
     std::vector<at::Tensor> results;
@@ -2381,11 +2456,11 @@ at::Tensor fusewright_split(const at::Tensor& weight_) {
 
     {  // encode weight
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(weight), 8192, 8192, 8192,
             pointer<int32_t>(halves1), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
-            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 1056);
+        launch(backward_split_f16x2::split_f16x2, {1056, 1, 1, 256, 0}, pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples), 264, 1056);
     }
 
     return halves1;
@@ -2416,11 +2491,11 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
 
     {  // encode x
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(x), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
-            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+        launch(backward_split_f16x2::split_f16x2, {16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0},
+            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 264,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
 
@@ -2432,11 +2507,11 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
     }
@@ -2496,7 +2571,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2504,7 +2579,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2525,7 +2600,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2534,7 +2609,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2548,7 +2623,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2560,13 +2635,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_f54816d4fa28::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_88a2a453f338, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_f54816d4fa28, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2574,7 +2649,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_88a2a453f338, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_f54816d4fa28, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2582,7 +2657,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_f54816d4fa28, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2590,7 +2665,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_f54816d4fa28, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2604,7 +2679,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_88a2a453f338",
+        name="fusewright_gemm_multiply_leakyrelu_f54816d4fa28",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2634,9 +2709,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_f54816d4fa28.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_f54816d4fa28.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2648,7 +2723,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_f54816d4fa28.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

@@ -31,7 +31,7 @@ from fusewright.simulator.toolchain import DEVICE_CODE
 from kernels import launch
 
 SYNCHRONISES = re.compile(
-    r"\b(?:__syncthreads(?P<value>_or|_and|_count)?|__syncwarp|__threadfence\w*|named_barrier_\w+"
+    r"\b(?:fusewright::)?(?:__syncthreads(?P<value>_or|_and|_count)?|__syncwarp|__threadfence\w*|named_barrier_\w+"
     r"|copy_async_(?:wait|commit)|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync"
     r"|tensor_store_(?:commit|wait\w*)|launch_before_wait)(?:<[^<>;]*>)?\("
 )
@@ -376,7 +376,7 @@ def test_nothing_is_left_of_a_launch_that_failed(outcomes: Mapping[str, BaseExce
 
 # ---- Generated code -------------------------------------------------------------------------------------------------
 
-GENERATORS = {"kernels/split_f16.py"}  # whose text has barriers of its own
+GENERATORS = {"kernels/base.py", "kernels/split_f16.py"}  # whose text has barriers of its own
 
 
 class Always(HalfProducts):
@@ -408,7 +408,8 @@ def test_every_generator_of_barriers_is_run() -> None:
 
 
 def test_every_deletion_from_generated_code_is_noticed() -> None:
-    """A product of halves, of which a row must be computed again: in several tiles, all by one block."""
+    """A product of halves, of which a row must be computed again: in several tiles, all by one block. A sample, a split
+    and a patch, which wait for the launch before them, and the patch's two barriers."""
     torch.manual_seed(0)
     x, w = torch.randn(24, 136), torch.randn(136, 300)
     x[3] *= 2.0**60
@@ -428,7 +429,7 @@ def test_every_deletion_from_generated_code_is_noticed() -> None:
     assert error() is None
     specs = [spec for program in programs.values() for spec in program.launches]
     mutants = [(s.source, m) for s in specs for m in mutants_of(s.kernel, s.source)]
-    assert len(mutants) == 2
+    assert len(mutants) == 5
     for source, mutant in mutants:
         caught = error(source, mutant.text)
         print(mutant, "→", type(caught).__name__, str(caught).partition("\n")[0])
