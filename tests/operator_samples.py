@@ -287,10 +287,12 @@ def _vector(t: Tensor, length: int, shift: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Results:
-    """What the calls return, and the gradients of a fixed weighting of it: of each result, of each leaf."""
+    """What the calls return, and the gradients of a fixed weighting of it: of each result, of each leaf. sizes: for
+    gradients that are sums, how large those would be but for cancellation, which leaves any size by luck."""
 
     values: Sequence[Tensor]
     gradients: Sequence[Tensor | None]
+    sizes: Sequence[Tensor | None] = ()
 
 
 def evaluate(run: Callable[..., Sequence[Tensor]], several: Sequence[Call]) -> Results:
@@ -315,7 +317,34 @@ def oracle(several: Sequence[Call]) -> Results:
         call = replace(sample, function=EXACT_FORMULAS.get(sample.name, sample.function))
         promotes = not call.dtype.is_floating_point and all(r.is_floating_point() for r in call(call.tensors))
         wide.append(call.with_tensors(_double if promotes else _double_float))
-    return evaluate(together(wide), wide)
+    exact = evaluate(together(wide), wide)
+    return replace(exact, sizes=[size for call in wide for size in _sizes(call)])
+
+
+def _sizes(call: Call) -> list[Tensor | None]:
+    """For each leaf that was broadcast, the root of the sum of the squares of what its gradient is a sum of."""
+    shape = (result := call(call.tensors)[0]).shape
+    leaves = [t for t in call.tensors if t.requires_grad]
+    spread = call.with_tensors(lambda t: _spread(t, shape))
+    try:
+        same = torch.equal(spread(spread.tensors)[0].nan_to_num(), result.nan_to_num())
+    except RuntimeError:
+        same = False
+    if not same:  # the operator does not broadcast it as arithmetic does
+        return [None] * len(leaves)
+    terms = evaluate(together([spread]), [spread]).gradients
+    return [
+        None if g is None or g.shape == leaf.shape else g.square().sum_to_size(leaf.shape).sqrt()
+        for g, leaf in zip(terms, leaves, strict=True)
+    ]
+
+
+def _spread(t: Tensor, shape: torch.Size) -> Tensor:
+    if not t.requires_grad or not t.numel() or t.dim() > len(shape):
+        return t
+    if any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(shape), strict=False)):
+        return t
+    return t.detach().expand(shape).clone().requires_grad_()
 
 
 def _double(t: Tensor) -> Tensor:
@@ -335,9 +364,9 @@ def problems(several: Sequence[Call], found: Results, eager: Results, exact: Res
         gate.value(call, ours, theirs, right)
     graded = [(c, t) for c in several for t in c.tensors if t.requires_grad]
     if eager.gradients:
-        columns = zip(graded, found.gradients, eager.gradients, exact.gradients, strict=True)
-        for (call, leaf), ours, theirs, right in columns:
-            gate.gradient(call, leaf, ours, theirs, right)
+        columns = zip(graded, found.gradients, eager.gradients, exact.gradients, exact.sizes, strict=True)
+        for (call, leaf), ours, theirs, right, size in columns:
+            gate.gradient(call, leaf, ours, theirs, right, size)
     return gate.verdict()
 
 
@@ -365,18 +394,25 @@ class _Gate:
         self.accuracy(title, ours, theirs, right, _typical(right) if call.name in CANCELLING else right.new_zeros(()))
 
     def gradient(
-        self, call: Call, leaf: Tensor, ours: Tensor | None, theirs: Tensor | None, right: Tensor | None
+        self,
+        call: Call,
+        leaf: Tensor,
+        ours: Tensor | None,
+        theirs: Tensor | None,
+        right: Tensor | None,
+        size: Tensor | None,
     ) -> None:
         title = f"gradient of {call.name} {call.dtype}"
         if ours is None or theirs is None or right is None:
             if ours is not theirs:
                 self.complaints.append(f"{title}: {ours} where eager gives {theirs}")
             return
+        least = _typical(right) if size is None else torch.maximum(size.nan_to_num(), _typical(right))
         # On the CPU, eager's gradient at NaN depends on where in its vector an element is.
         if leaf.device.type == "cpu" or call.name in OTHER_GRADIENT_AT_NAN:
             known = ~leaf.detach().isnan()
-            ours, theirs, right = (t[known] for t in (ours, theirs, right))
-        self.accuracy(title, ours, theirs, right, _typical(right))
+            ours, theirs, right, least = (t[known] for t in (ours, theirs, right, least.expand_as(right)))
+        self.accuracy(title, ours, theirs, right, least)
 
     def accuracy(self, title: str, ours: Tensor, theirs: Tensor, right: Tensor, least: Tensor) -> None:
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
@@ -388,7 +424,8 @@ class _Gate:
             self.complaints.append(f"{title}: {_first(ours[wrong], theirs[wrong])}")
         finite = (classes[0] == 0) & (classes[2] == 0)
         both = finite & (classes[1] == 0)
-        pair = (_ulps(ours[finite], right[finite], least), _ulps(theirs[both], right[both], least))
+        least = least.expand_as(right)
+        pair = (_ulps(ours[finite], right[finite], least[finite]), _ulps(theirs[both], right[both], least[both]))
         self.errors.setdefault((title, ours.dtype), []).append(pair)
 
     def verdict(self) -> list[str]:

@@ -171,8 +171,11 @@ def _tanh_softplus(x: Value) -> Value:
 
 
 def _mish_backward(g: Value, x: Value) -> Value:
-    t = _tanh_softplus(x)
-    return g * (t + x * _sigmoid(x) * (1 - t * t))
+    """With t = n / d as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) / d²; none of it beyond 20."""
+    e = exp(minimum(x, 20))
+    n = e * (e + 2)
+    d = n + 2
+    return g * (n / d + x * where(x < 20, 4 * e * (e + 1) / (d * d), 0))
 
 
 def _softplus(x: Value, beta: float = 1, threshold: float = 20) -> Value:
