@@ -95,8 +95,7 @@ def experiments() -> Iterator[Experiment]:
 
 def compile_source(source: str) -> bytes:
     """Returns the cubin, from the lab's folder where it lies there. Prints what the compiler warns of."""
-    names = ("gemm_sm90", "gemm_sm90_registers", "launch", "lost_bits", "sm90", "sm90_ptx", "split_f16", "vector", "major")
-    headers = b"".join((ROOT / f"src/fusewright/cuda/{name}.cuh").read_bytes() for name in names)
+    headers = b"".join(path.read_bytes() for path in sorted((ROOT / "src/fusewright/cuda").glob("*.cuh")))
     path = CUBINS / (hashlib.sha256(source.encode() + headers).hexdigest()[:16] + ".cubin")
     if path.exists():
         return path.read_bytes()

@@ -299,7 +299,8 @@ def zoo(result: Result) -> str:
         for c in d.get("modes", {}).values()
     )
     note = (
-        f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it). "
+        f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it), with "
+        "CUDA graphs over `reduce-overhead` as well. "
         f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
     )
     return grid(header, rows) + "\n" + "\n".join(lines) + "\n" + note + source(result)

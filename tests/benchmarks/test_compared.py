@@ -94,9 +94,16 @@ def test_costs_are_over_the_bare_product() -> None:
 
 
 def test_a_speedup_is_over_the_best_baseline() -> None:
-    timed = {"eager": timing(3.0), "inductor": timing(2.0), "fusewright": timing(1.0), zoo.AUTOTUNE: {"failed": ""}}
-    assert zoo.speedup(timed) == {"best": "inductor", "speedup": 2.0}
-    assert zoo.speedup({"eager": timing(3.0), "fusewright": {"failed": "why"}}) == {}
+    timed = {"eager": timing(3.0), "inductor": timing(2.0), zoo.OURS: timing(1.0), zoo.AUTOTUNE: {"failed": ""}}
+    timed |= {"inductor reduce-overhead": timing(1.5), zoo.REPLAYED: timing(0.5)}
+    assert zoo.speedup(timed, zoo.OURS) == {"best": "inductor", "speedup": 2.0}
+    assert zoo.speedup(timed, zoo.REPLAYED) == {"best": "inductor reduce-overhead", "speedup": 3.0}
+    assert zoo.speedup({"eager": timing(3.0), zoo.OURS: {"failed": "why"}}, zoo.OURS) == {}
+    compared = zoo.comparisons("bfloat16", {"modes": {"forward": {"timings": timed}}})
+    assert {n: c["modes"]["forward"]["speedup"] for n, c in compared.items()} == {
+        "bfloat16": 2.0,
+        "bfloat16, CUDA graphs": 3.0,
+    }
     models = {"one": {"float32": {"modes": {"forward": {"speedup": 2.0}, "forward+backward": {"speedup": 4.5}}}}}
     found = zoo.summary(models)
     assert found.keys() == {"float32"} and found["float32"]["geometric_mean"] == pytest.approx(3.0)
