@@ -54,18 +54,20 @@ def title(steps: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Precision:
-    """tf32: whether torch's flags allow it. options: fusewright's, beside library=False."""
+    """tf32: whether torch's flags allow it. options: fusewright's, beside library=False. halves: of float32, the fp16
+    products that make one, and bytes written for each element that is split."""
 
     dtype: torch.dtype
     tf32: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    halves: tuple[int, int] | None = None
 
 
 PRECISIONS = {
     "bfloat16": Precision(torch.bfloat16),
     "float16": Precision(torch.float16),
-    "float32": Precision(torch.float32),
-    "TF32, frozen": Precision(torch.float32, True, {"freeze": True}),
+    "float32": Precision(torch.float32, halves=(3, 4)),
+    "TF32, frozen": Precision(torch.float32, True, {"freeze": True}, halves=(1, 2)),
 }
 
 

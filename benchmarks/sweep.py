@@ -5,7 +5,8 @@
 The seed is chosen at each run and recorded; --seed repeats a run. M and N lie between 512 and 8192, K between 512 and
 8192, evenly on a logarithmic scale; half of the sizes are multiples of 128, a quarter multiples of 8, and a quarter any
 number, but K stays a multiple of 8. Each case runs in inference in every precision. Errors are against float64, in the
-Frobenius norm, as ratios to Inductor's.
+Frobenius norm, as ratios to Inductor's. float32 has a floor for each case: cuBLAS's fp16 products of its size and the
+bytes of splitting its operands, with no epilogue and no launch but theirs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LEAST, MOST = 512, 8192
 TRIALS = 10
 SHARE = 0.5  # of the time, at most, goes into compilation
 TARGETS = {"bfloat16": 1.0, "float16": 1.0, "float32": 3.5, "TF32, frozen": 1.6}
-OURS, THEIRS = "fusewright alone", "inductor"
+OURS, THEIRS, HALVES = "fusewright alone", "inductor", "fp16 product"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +103,13 @@ def one(task: Task, subjects: Mapping[str, Subject], built: list[Any], trials: i
     case, precision = task[0], PRECISIONS[task[1]]
     model, inputs = made(case.m, case.n, case.k, case.steps, precision.dtype, "cuda")
     with flags(precision.tf32):
+        candidates = {name: Candidate(s.forward) for name, s in subjects.items()}
+        if precision.halves:
+            x, w = inputs[0].half(), model.get_parameter("linear.weight").half()
+            candidates[HALVES] = Candidate(lambda: x @ w.T)
         errors = _errors(subjects, Subject(model.double(), [x.double() for x in inputs]).forward())
         del model, inputs
-        timed = measure.interleaved({name: Candidate(s.forward) for name, s in subjects.items()}, trials)
+        timed = measure.interleaved(candidates, trials)
     found: dict[str, Any] = {"timings": timed, "errors": errors, "program": _program(built)}
     if all("ms" in t for t in timed.values()):
         found["speedup"] = timed[THEIRS]["ms"] / timed[OURS]["ms"]
@@ -112,6 +117,14 @@ def one(task: Task, subjects: Mapping[str, Subject], built: list[Any], trials: i
     if all(isinstance(e, float) for e in errors.values()):
         found["error_over_inductor"] = errors[OURS] / max(errors[THEIRS], 1e-30)
     return found
+
+
+def floor_ms(case: Case, precision: Precision, fp16_ms: float, bytes_per_s: float) -> float:
+    """The time of a float32 product if cuBLAS multiplied the halves: frozen weights are split beforehand."""
+    assert precision.halves is not None
+    products, written = precision.halves
+    split = case.m * case.k + (0 if precision.options.get("freeze") else case.n * case.k)
+    return products * fp16_ms + split * (4 + written) / bytes_per_s * 1e3
 
 
 def _errors(subjects: Mapping[str, Subject], exact: Tensor) -> dict[str, Any]:
@@ -129,7 +142,8 @@ def _program(built: list[Any]) -> dict[str, str]:
 
 
 def summary(cases: Sequence[dict[str, Any]], precisions: Sequence[str]) -> dict[str, Any]:
-    """By precision: the geometric mean of the speedups, the target, the extremes, the worst error and failures."""
+    """By precision: the geometric mean of the speedups, the target, the extremes, the worst error and failures. floor:
+    the geometric mean of what the floors would be in speedups."""
     found = {}
     for name in precisions:
         results = [case["results"][name] for case in cases if name in case["results"]]
@@ -143,6 +157,7 @@ def summary(cases: Sequence[dict[str, Any]], precisions: Sequence[str]) -> dict[
             "target": TARGETS[name],
             "least": min(ratios, default=None),
             "most": max(ratios, default=None),
+            "floor": geometric_mean(r["floor"] for r in results if "floor" in r) if PRECISIONS[name].halves else None,
             "error_over_inductor": max(
                 (r["error_over_inductor"] for r in results if "error_over_inductor" in r), default=None
             ),
@@ -162,10 +177,15 @@ def main() -> None:
     cases = draw(seed, min(options.cases, 8) if options.quick else options.cases)
     precisions = available()
     report: dict[str, Any] = {"environment": measure.environment(), "seed": seed, "trials": trials, "cases": []}
+    report["rates"] = measure.rates(trials)
     tasks = [(case, name) for case in cases for name in precisions]
     for (case, name), found in measured_in_turn(partial(prepare, trials=trials), tasks, budget, SHARE):
         if not report["cases"] or report["cases"][-1]["case"] != cases.index(case):
             report["cases"].append({"case": cases.index(case), **dataclasses.asdict(case), "results": {}})
+        if HALVES in found.get("timings", {}) and "speedup" in found:
+            fp16 = found["timings"][HALVES]["ms"]
+            floor = floor_ms(case, PRECISIONS[name], fp16, report["rates"]["copy_bytes_per_s"])
+            found["floor"] = found["timings"][THEIRS]["ms"] / floor
         report["cases"][-1]["results"][name] = found
         report["summary"] = summary(report["cases"], list(precisions))
         measure.write("sweep", report)

@@ -261,3 +261,9 @@ def test_ours_with_cuda_graphs_is_beside_all_and_ours_without_beside_those_witho
     times = {"eager": 4.0, "inductor": 3.0, theirs: 2.0, "fusewright": 2.0, ours: 1.0}
     timed = {**{name: {"ms": ms} for name, ms in times.items()}, "frozen": {"failed": "why"}}
     assert common.times_faster(timed, ("fusewright", "frozen", ours)) == {"fusewright": 1.5, ours: 2.0}
+
+
+def test_the_floor_of_a_float32_product_has_its_fp16_products_and_the_bytes_of_splitting() -> None:
+    case = sweep.Case(1000, 2000, 500, ())
+    both, kept = (sweep.floor_ms(case, sweep.PRECISIONS[n], 0.1, 1e9) for n in ("float32", "TF32, frozen"))
+    assert both == pytest.approx(0.3 + 1.5e6 * 8 / 1e9 * 1e3) and kept == pytest.approx(0.1 + 0.5e6 * 6 / 1e9 * 1e3)
