@@ -23,13 +23,13 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
 // in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
 
-    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
