@@ -107,7 +107,7 @@ def test_float32_products_read_halves_and_are_patched(tf32: bool, majors: str) -
     planes = 1 if tf32 else 2
     assert a.dims == ((203, M, planes) if majors == "KK" else (M, 203, planes))
     assert b.dims == ((203, N, planes) if majors == "KK" else (N, 203, planes))
-    assert a.strides[0] == (208 if majors == "KK" else M)
+    assert a.strides[0] == (256 if majors == "KK" else 192)  # whole 128 bytes
     tile_m, tile_n, _ = map(int, program.variant.split("×"))
     assert [w.shape for w in program.workspaces] == [(-(-M // tile_m) * -(-N // tile_n) * 8,)]
     source = program.launches[0].source
@@ -165,7 +165,7 @@ def test_what_is_split_competes_only_among_what_reads_halves() -> None:
     assert [len(found[e.name]) for e in plan.encodes] == [1]
 
 
-@pytest.mark.parametrize("tile", range(4))
+@pytest.mark.parametrize("tile", range(10))
 def test_every_tile_compiles(tile: int) -> None:
     program = GemmSm90().programs(product(torch.bfloat16), H200)[tile]
     check_compiles(program.launches[0])

@@ -107,13 +107,13 @@ TILES = {
         Tile(128, 96, 0.68),
         Tile(128, 64, 0.55),
     ),
-    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.76), Tile(128, 64, 0.62)),
+    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.62)),
 }
 IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
 
-# Bytes a second that bulk copies bring to each multiprocessor, by what lines of an operand are multiples of, in elements
-# (step 27). The first is seldom the limit.
-_COPIES = ((64, 100e9), (16, 62e9), (_LINE, 49e9))
+# Bytes a second that bulk copies bring to one multiprocessor, and to all, by what lines of an operand lie at multiples
+# of, in elements (step 27). Where they are multiples of 128 bytes copies are seldom the limit.
+_COPIES, _ALL_COPIES = 100e9, ((64, 13.2e12), (16, 8.3e12), (_LINE, 5.6e12))
 
 
 @dataclass(frozen=True)
@@ -184,16 +184,18 @@ class HalfProducts:
         return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
 
     def _best(self, m: float, n: float, k: float, tiles: Sequence[Tile]) -> float:
-        copies = Copies("K", _COPIES[0][1], _COPIES[0][1])
+        copies = Copies("K", _ALL_COPIES[0][1], _ALL_COPIES[0][1])
         return min(_seconds(m, n, k, tile, self.products, copies, self.chip) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
-        """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own. Of few
+        """Our float32 on the CUDA cores, or torch's: tiles of 64, with TF32 of 128, a multiprocessor for each. Of few
         rows, what reads the weight as it lies."""
-        tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 and self.library else (64, self.chip.fp32 * _FP32)
+        skinny = gemm_skinny.seconds(m, n, k, torch.float32, self.chip)
+        if not self.library:
+            return min(gemm_simt.seconds(m, n, k, self.chip), skinny)
+        tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 else (64, self.chip.fp32 * _FP32)
         waves = math.ceil(math.ceil(m / tile) * math.ceil(n / tile) / self.chip.multiprocessors)
-        tiled = waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors)
-        return min(tiled, gemm_skinny.seconds(m, n, k, torch.float32, self.chip))
+        return min(waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors) + _LAUNCH, skinny)
 
 
 def _products(gemm: Gemm) -> int:
@@ -335,7 +337,7 @@ def _vector(region: Region, tile: Tile) -> int:
 
 @dataclass(frozen=True)
 class Copies:
-    """Of a product's operands: the right one's major, and how fast bulk copies of each are, in bytes a second."""
+    """Of a product's operands: the right one's major, and bytes of each that all multiprocessors get in a second."""
 
     major: str
     left: float
@@ -345,11 +347,15 @@ class Copies:
     def of(cls, a: Operand, b: Operand, tile: Tile) -> Copies:
         return cls(b.major, _copy_rate(a, PANEL), _copy_rate(b, tile.n))
 
+    def seconds(self, left: int, right: int, active: float) -> float:
+        """To bring so much of each operand to as many multiprocessors as are active."""
+        return left / min(_COPIES, self.left / active) + right / min(_COPIES, self.right / active)
+
 
 def _copy_rate(operand: Operand, width: int) -> float:
     """width: of the tile; where lines run across K copies begin at multiples of it."""
-    fits = (r for s, r in _COPIES if divides(s, operand.line_stride) and (operand.major == "K" or width % s == 0))
-    return next(fits, _COPIES[-1][1])
+    line = operand.line_stride
+    return next(r for s, r in _ALL_COPIES if divides(s, line) is not None and (operand.major == "K" or width % s == 0))
 
 
 def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip) -> float:
@@ -363,14 +369,19 @@ def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Ch
 def _seconds(
     m: float, n: float, k: float, tile: Tile, products: int, copies: Copies, chip: Chip, operations: int = 0
 ) -> float:
-    """Predicted: waves of whole tiles at the rate of the tensor cores or of what brings their operands, and each wave's
-    epilogue, of so many operations. In ping-pong all but the last run beside products, as far as these last."""
-    waves = float(-(-(-(-m // tile.m) * -(-n // tile.n)) // chip.multiprocessors))
-    flops = 2 * tile.m * tile.n * products * TILE_K
-    left, right = tile.stage(products, copies.major)
+    """Predicted: waves of whole tiles, the last of what is left over, at the rate of the tensor cores or of the copies
+    that bring operands; and each wave's epilogue, of so many operations. In ping-pong all epilogues but the last run
+    beside products, as far as these last."""
+    steps, flops = -(-k // TILE_K), 2 * tile.m * tile.n * products * TILE_K
     multiplied = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
-    main = -(-k // TILE_K) * max(multiplied, left / copies.left + right / copies.right)
+    operands = tile.stage(products, copies.major)
+
+    def wave(tiles: float) -> float:
+        return float(steps * max(multiplied, copies.seconds(*operands, tiles))) if tiles else 0.0
+
+    full, rest = divmod(-(-m // tile.m) * -(-n // tile.n), chip.multiprocessors)
+    waves, main = full + (rest > 0), full * wave(chip.multiprocessors) + wave(rest)
     epilogue = tile.sums * (_STORE + _OPERATION * operations)
     if tile.ping_pong:
-        return main + (waves - 1) * max(main, (main + epilogue) / 2) + epilogue
-    return waves * (main + epilogue)
+        return _LAUNCH + main + max(0.0, (epilogue - main / waves) / 2) * (waves - 1) + epilogue
+    return _LAUNCH + main + waves * epilogue
