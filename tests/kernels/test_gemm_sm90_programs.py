@@ -228,6 +228,47 @@ def test_ping_pong_is_predicted_to_hide_epilogues() -> None:
     assert of_one_tile.index("128×128×64") < of_one_tile.index("128×128×64 ping-pong")
 
 
+def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
+    """The programs of y = x · wᵀ that are measured, best first."""
+    x, w = (torch.empty(rows, k, dtype=dtype, device="meta") for rows in (m, n))
+    (region,) = plan_of(lambda x, w: x @ w.T, x, w).regions
+    return [p.variant for p in contenders(GemmSm90().programs(region, H200))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "best"),
+    [
+        (torch.bfloat16, (1024, 8192, 8192), "128×256×64"),  # measured
+        (torch.float32, (1024, 8192, 8192), "128×128×64"),  # measured
+        (torch.bfloat16, (3328, 1536, 2048), "256×160×64"),  # 130 tiles: one wave, where 128×128 takes three
+        (torch.bfloat16, (1152, 4480, 3072), "128×160×64"),  # 252 tiles, two waves
+        (torch.float32, (672, 640, 1920), "128×64×64"),  # 60 tiles, where 128×128 has 30
+    ],
+)
+def test_tiles_that_fill_waves_come_first(dtype: torch.dtype, sizes: tuple[int, int, int], best: str) -> None:
+    found = variants(dtype, *sizes)
+    assert found[0] == best and len(found) <= 3
+
+
+def test_the_headline_measures_no_further_tiles() -> None:
+    """Whose compilation its first call would wait for."""
+    assert variants(torch.bfloat16, 1024, 8192, 8192) == ["128×256×64", "256×128×64", "128×128×64 ping-pong"]
+    assert variants(torch.float32, 1024, 8192, 8192) == ["128×128×64"]
+
+
+def test_lines_at_odd_multiples_of_16_bytes_want_tiles_that_read_less() -> None:
+    """Copies are the limit there, and 128×128 needs most of them."""
+    assert "128×128×64 ping-pong" in variants(torch.bfloat16, 4096, 4096, 4096)
+    assert "128×128×64 ping-pong" not in variants(torch.bfloat16, 4096, 4096, 4104)
+
+
+def test_small_float32_products_go_to_the_tensor_cores() -> None:
+    halves = HalfProducts(H200, tf32=False, library=False)
+    for m, n, k in ((672, 640, 1920), (632, 880, 544)):
+        assert halves.gain(m, n, k) > halves.split(m * k) + halves.split(n * k)
+    assert halves.gain(256, 256, 256) < 2 * halves.split(256 * 256)
+
+
 def test_the_saved_mask_of_a_training_forward() -> None:
     x, w = torch.randn(M, K), torch.randn(N, K, requires_grad=True)
     region = plan_of(lambda x, w: F.leaky_relu(F.linear(x, w), 0.1), x, w).regions[0]

@@ -203,9 +203,9 @@ def split_f16(simulator: Simulator) -> None:
     found = torch.zeros(64, dtype=torch.int32)
     halves = torch.zeros(Halves(200, 8, 2).words, dtype=torch.int32)
     for place, lost in ((150, 0), (None, 1)):
-        halves[200 * 8 : 200 * 9] = torch.ones(200).view(torch.int32)
+        halves[200 * 64 : 200 * 65] = torch.ones(200).view(torch.int32)
         if place is not None:
-            halves[200 * 8 + place] = torch.tensor(1e6).view(torch.int32)
+            halves[200 * 64 + place] = torch.tensor(1e6).view(torch.int32)
         out_of_range([halves, torch.tensor([0] * 7 + [lost], dtype=torch.uint8), found, 200], (1,))
         assert found.all()
 
