@@ -138,13 +138,13 @@ def test_what_halves_cannot_hold_is_computed_again(
 
 
 def test_a_tile_is_patched_where_any_of_the_products_below_it_lost_bits() -> None:
-    """Of three products' tiles of 64 or 96 columns, that lie below two of the patch's or across both."""
+    """The patch has tiles of 128 columns; this column is in the second of the product's."""
     for variant in ("128×64×64", "128×96×64"):
         product = simulated(torch.matmul, variant=variant)
         x, w = torch.randn(M, K), torch.randn(K, 192)
         powers = torch.exp2(torch.randint(0, 41, (K,)).float())
         x *= powers
-        w[:, [5, 100, 180]] /= powers[:, None]
+        w[:, 100] /= powers
         assert error(product(x, w), x, w) < 1e-6
 
 
