@@ -155,13 +155,13 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
 // in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
 
-    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
@@ -189,15 +189,19 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     const SplitOperand a, b;
     const uint8_t* lost;
     int64_t M, N;
-    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0 && kTileM % kM == 0);
 
     __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
 
     // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
     // loads of several tiles are under way together.
     __device__ __forceinline__ bool sees(int64_t m, int n) const {
-        const int64_t tile = m / kTileM * ((N + kTileN - 1) / kTileN) + n / kTileN;
-        bool found = reinterpret_cast<const uint64_t*>(lost)[tile] != 0;
+        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
+        const int64_t row = m / kTileM * ((N + kTileN - 1) / kTileN), last = (min(int64_t(n) + kN, N) - 1) / kTileN;
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(int64_t(n / kTileN + i), last)] != 0;
 #pragma unroll
         for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
 #pragma unroll
@@ -572,78 +576,96 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 #define FUSEWRIGHT_8(d, i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define FUSEWRIGHT_32(d, i) \
-    FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8), FUSEWRIGHT_8(d, i + 16), FUSEWRIGHT_8(d, i + 24)
-#define FUSEWRIGHT_NAMES_0_63                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "     \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
-    "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
-    "%58, %59, %60, %61, %62, %63"
-#define FUSEWRIGHT_NAMES_64_127                                                                          \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "     \
-    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
-    "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "    \
-    "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FUSEWRIGHT_16(d, i) FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8)
+// So many sums as operands of an instruction, and their names there.
+#define FUSEWRIGHT_SUMS_32(d) FUSEWRIGHT_16(d, 0), FUSEWRIGHT_16(d, 16)
+#define FUSEWRIGHT_SUMS_48(d) FUSEWRIGHT_SUMS_32(d), FUSEWRIGHT_16(d, 32)
+#define FUSEWRIGHT_SUMS_64(d) FUSEWRIGHT_SUMS_48(d), FUSEWRIGHT_16(d, 48)
+#define FUSEWRIGHT_SUMS_80(d) FUSEWRIGHT_SUMS_64(d), FUSEWRIGHT_16(d, 64)
+#define FUSEWRIGHT_SUMS_96(d) FUSEWRIGHT_SUMS_80(d), FUSEWRIGHT_16(d, 80)
+#define FUSEWRIGHT_SUMS_112(d) FUSEWRIGHT_SUMS_96(d), FUSEWRIGHT_16(d, 96)
+#define FUSEWRIGHT_SUMS_128(d) FUSEWRIGHT_SUMS_112(d), FUSEWRIGHT_16(d, 112)
+#define FUSEWRIGHT_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FUSEWRIGHT_NAMES_48 \
+    FUSEWRIGHT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FUSEWRIGHT_NAMES_64 \
+    FUSEWRIGHT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSEWRIGHT_NAMES_80 \
+    FUSEWRIGHT_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define FUSEWRIGHT_NAMES_96 \
+    FUSEWRIGHT_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FUSEWRIGHT_NAMES_112 \
+    FUSEWRIGHT_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111"
+#define FUSEWRIGHT_NAMES_128 \
+    FUSEWRIGHT_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+    "%124, %125, %126, %127"
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
-// d (64 × 128 or 64 × 256, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns), asynchronously.
+// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                              \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                         \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63    \
-                 "}, %64, %65, p, 1, 1, %67, %68;\n\t}"                                                     \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)                                                \
+#define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_##SUMS  \
+                 "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
+                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
+#define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
+    template <class Element, Major kMajorA, Major kMajorB>                                                  \
+    __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
+        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
+        else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
+    }
+FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
+FUSEWRIGHT_WGMMA(96, 48, 48, 49, 50, 51, 52)
+FUSEWRIGHT_WGMMA(128, 64, 64, 65, 66, 67, 68)
+FUSEWRIGHT_WGMMA(160, 80, 80, 81, 82, 83, 84)
+FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
+FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
+FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
+#undef FUSEWRIGHT_PRODUCT
 #undef FUSEWRIGHT_WGMMA
-}
-
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                                     \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                                               \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63           \
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, %128, %129, p, 1, 1, %131, %132;\n\t}"                           \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)           \
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
-#undef FUSEWRIGHT_WGMMA
-}
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_64
                  "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
+                 : FUSEWRIGHT_SUMS_64(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_128
+                 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
+                 : FUSEWRIGHT_SUMS_128(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8
-#undef FUSEWRIGHT_32
-#undef FUSEWRIGHT_NAMES_0_63
-#undef FUSEWRIGHT_NAMES_64_127
+#undef FUSEWRIGHT_16
+#undef FUSEWRIGHT_SUMS_32
+#undef FUSEWRIGHT_NAMES_32
+#undef FUSEWRIGHT_SUMS_48
+#undef FUSEWRIGHT_NAMES_48
+#undef FUSEWRIGHT_SUMS_64
+#undef FUSEWRIGHT_NAMES_64
+#undef FUSEWRIGHT_SUMS_80
+#undef FUSEWRIGHT_NAMES_80
+#undef FUSEWRIGHT_SUMS_96
+#undef FUSEWRIGHT_NAMES_96
+#undef FUSEWRIGHT_SUMS_112
+#undef FUSEWRIGHT_NAMES_112
+#undef FUSEWRIGHT_SUMS_128
+#undef FUSEWRIGHT_NAMES_128
 
 }  // namespace fusewright
 
@@ -813,8 +835,8 @@ namespace fusewright {
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
-//   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
-//   kPingPong      the consumers take turns, or else cooperate (turns: one product, 128 × 128 or 64 × 256)
+//   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
+//   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks
 //   kMajorA, kMajorB
@@ -837,16 +859,19 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
-    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
+    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
+    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
+    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
+    static constexpr int kPlanes = kThreeProducts ? 2 : 1;
+    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0);
-    static_assert(kBlocksM * kSums <= 128, "more sums than registers");
-    static_assert(!kThreeProducts || (kBlocksM * kSums == 64 && !kPingPong), "three products fill the registers so");
+    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
+    static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
+    static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
 
     struct Operands {
         const TensorMap &a, &b;
@@ -980,8 +1005,8 @@ template <class Config> struct GemmSm90 {
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
-                const int panel = part + rank, column = n + panel * kPanel;
-                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                const int panel = part + rank, column = n + panel * kPanelB;
+                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelB * 128;
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
@@ -2496,7 +2521,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2504,7 +2529,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2525,7 +2550,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2534,7 +2559,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2548,7 +2573,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2560,13 +2585,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_88a2a453f338::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_88a2a453f338, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_160860ba2993, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2574,7 +2599,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_88a2a453f338, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2582,7 +2607,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2590,7 +2615,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_88a2a453f338, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2604,7 +2629,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_88a2a453f338",
+        name="fusewright_gemm_multiply_leakyrelu_160860ba2993",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2634,9 +2659,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2648,7 +2673,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_88a2a453f338.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
