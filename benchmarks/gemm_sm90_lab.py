@@ -79,15 +79,40 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(f"{label} {name}", with_(config, major_a=majors[0], major_b=majors[1]), [shape])
     for label, config in kinds:
         yield Experiment(f"{label} 4096", config, [(4096, 4096, 4096)])
-    yield Experiment("bf16 ping-pong 64×256", with_(BF16_PING_PONG, tile=(64, 256), stages=4), [(4096, 4096, 4096)])
     for major in ("K", "MN"):  # of the weight, a; forward and dX
         for cluster in (1, 2):
             config = with_(REGISTERS, major_a=major, cluster=cluster)
             yield Experiment(f"registers {major} c{cluster} debug", config.debug(), SHAPES, timed=False)
             yield Experiment(f"registers {major} c{cluster}", config, [(8192, 1024, 8192)])
     yield Experiment("registers 128", with_(REGISTERS, tile=(128, 128), stages=4), [(8192, 1024, 8192)])
+    yield from tiles()
     short = [(2048, 2048, k) for k in (128, 256, 512, 1024, 4096)]
     yield Experiment("f16x3 accuracy", F16X3, short, False, ("normal", "uniform"))
+
+
+def tiles() -> Iterator[Experiment]:
+    """The rate of each tile, and of bulk copies by how lines are aligned. Sizes fill waves of all tiles alike, or are
+    those of the random sweep where it was slow; c2: pairs, which share what they read of B."""
+    stages = {64: 8, 96: 7, 128: 6, 160: 5, 192: 4, 224: 4, 256: 4}
+    plain = {f"128×{n}": with_(BF16, tile=(128, n), stages=s, vector=4 if n % 64 else 8) for n, s in stages.items()}
+    plain["256×128"] = with_(BF16, tile=(256, 128), stages=4)
+    plain["256×160"] = with_(BF16, tile=(256, 160), stages=4, vector=4)
+    plain["128×128 ping-pong"] = BF16_PING_PONG
+    full = (8448, 6720, 2048)  # 33 times 256; a multiple of 96, 160 and 224
+    for name, config in plain.items():
+        yield Experiment(f"tile {name} full", config, [full])
+    for n, s in ((64, 4), (96, 3), (128, 3)):
+        yield Experiment(f"tile f16x3 128×{n} full", with_(F16X3, tile=(128, n), stages=s), [full])
+        yield Experiment(f"tile f16x3 128×{n} small", with_(F16X3, tile=(128, n), stages=s), [(672, 640, 1920)])
+    for name in ("128×128 ping-pong", "128×96", "128×192", "128×224", "256×160"):
+        for shape in ((7296, 648, 3848), (7296, 648, 3840), (3328, 1536, 1960), (3328, 1536, 1920)):
+            yield Experiment(f"tile {name} {shape[0]} {shape[2]}", plain[name], [shape])
+    for name in ("128×128 ping-pong", "128×256"):
+        for k in (4096, 4104, 4112, 4128):  # lines at multiples of 128, 16, 32, 64 bytes
+            for cluster in (1, 2):
+                yield Experiment(
+                    f"tile {name} K {k} c{cluster}", with_(plain[name], cluster=cluster), [(4096, 4096, k)]
+                )
 
 
 # ---- Compiling ------------------------------------------------------------------------------------------------------

@@ -110,10 +110,16 @@ class GemmConfig:
     spin_limit: int = 0
 
     @property
+    def panel(self) -> int:
+        """As `GemmSm90::kPanelB`."""
+        return 32 if self.major_b == "K" and self.tile[1] % 64 else 64
+
+    @property
     def shared_bytes(self) -> int:
         """As `GemmSm90::kSharedBytes`."""
         planes = 2 if self.products == 3 else 1
         m, n = self.tile
+        n = -(-n // self.panel) * self.panel
         stage = planes * (m * (2 if self.registers else 1) + n) * 128
         return self.stages * stage + 8 * 16 * 8 * self.vector * 4 + (2 * self.stages + 2) * 8 + 1024
 
@@ -163,13 +169,13 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def tensor_map(x: torch.Tensor) -> Any:
+def tensor_map(x: torch.Tensor, rows: int = 64) -> Any:
     """The map of a tensor [rows, columns], 16-bit or float32, or planes [2, rows, columns]; columns of unit stride.
 
-    Box: 128 bytes (64 columns, float32 32) × 64 rows of one plane, 128-byte swizzle, zeros outside.
+    Box: 128 bytes (64 columns, float32 32) × `rows` rows of one plane, 128-byte swizzle, zeros outside.
     """
     if x.device.type == "cpu":
-        return _simulated_map(x)
+        return _simulated_map(x, rows)
     d = _driver()
     planes = x if x.ndim == 3 else x[None]
     dims = [planes.shape[2], planes.shape[1], planes.shape[0]]
@@ -191,7 +197,7 @@ def tensor_map(x: torch.Tensor) -> Any:
             x.data_ptr(),
             [u64(v) for v in dims],
             [u64(v) for v in strides],
-            [u32(v) for v in (128 // x.itemsize, 64, 1)],
+            [u32(v) for v in (128 // x.itemsize, rows, 1)],
             [u32(1)] * 3,
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -201,10 +207,10 @@ def tensor_map(x: torch.Tensor) -> Any:
     )
 
 
-def _simulated_map(x: torch.Tensor) -> tuple[TensorMapArg, EncodedMap]:
+def _simulated_map(x: torch.Tensor, rows: int) -> tuple[TensorMapArg, EncodedMap]:
     planes = x if x.ndim == 3 else x[None]
     strides = (planes.stride(1), planes.stride(0) if x.ndim == 3 else planes.stride(1) * planes.shape[1])
-    arg = TensorMapArg("x", x.dtype, tuple(reversed(planes.shape)), strides, (128 // x.itemsize, 64, 1))
+    arg = TensorMapArg("x", x.dtype, tuple(reversed(planes.shape)), strides, (128 // x.itemsize, rows, 1))
     return arg, encode(arg, Buffer.of(x))
 
 
@@ -310,7 +316,7 @@ class Gemm:
         M, N = reversed(out.shape) if c.registers else out.shape
         K = k if k is not None else a.shape[-1] if c.major_a == "K" else a.shape[-2]
         clusters = -(-M // (c.tile[0] * c.cluster)) * -(-N // c.tile[1])
-        args = [tensor_map(a), tensor_map(b), M, N, K, *exponents, bias, out, factor, slope]
+        args = [tensor_map(a), tensor_map(b, c.panel), M, N, K, *exponents, bias, out, factor, slope]
         grid = (min(self.blocks, clusters * c.cluster), 1)
         return lambda: self.kernel.launch(grid, 384, args, c.cluster)
 

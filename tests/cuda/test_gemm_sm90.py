@@ -179,15 +179,44 @@ def test_ping_pong_gives_the_bits_of_cooperation(
     assert same_bits(found, expected)
 
 
+# Besides those of KINDS, by kind.
+TILES = {
+    "bf16": [(128, 128), (256, 128), (128, 64), (128, 96), (128, 160), (128, 192), (128, 224), (256, 160)],
+    "f16x1": [(128, 96), (256, 160)],
+    "f16x3": [(128, 64), (128, 96)],
+}
+OTHER_TILES = [(kind, tile) for kind, tiles in TILES.items() for tile in tiles]
+
+
+def other(kind: str, tile: tuple[int, int], majors: tuple[str, str], stages: int) -> GemmConfig:
+    config = replace(KINDS[kind], tile=tile, stages=stages, major_a=majors[0], major_b=majors[1])
+    return config if tile[1] % (8 * config.vector) == 0 else replace(config, vector=4)
+
+
+# Each with one pair of majors, of the four in turn.
+SOME_MAJORS = [(*tile, MAJORS[i % 4]) for i, tile in enumerate(OTHER_TILES)]
+
+
+@pytest.mark.parametrize(("kind", "tile", "majors"), SOME_MAJORS)
+def test_other_tiles_compile_without_spills_or_warnings(
+    kind: str, tile: tuple[int, int], majors: tuple[str, str]
+) -> None:
+    resources = compile_cubin(other(kind, tile, majors, 3).source(), "sm_90a").resources["gemm"]
+    assert resources.spill_bytes == resources.stack_bytes == 0 and resources.registers == 168
+
+
 @pytest.mark.parametrize(
-    ("device", "tile", "shape"),
-    each_device([((256, 128), (264, 136, 72))], [((256, 128), (600, 392, 520)), ((128, 128), (600, 392, 520))]),
+    ("device", "kind", "tile", "majors"),
+    each_device(SOME_MAJORS, [(*tile, majors) for tile, majors in itertools.product(OTHER_TILES, MAJORS)]),
 )
-def test_other_tiles(tile: tuple[int, int], shape: tuple[int, int, int], device: str) -> None:
-    config, (m, n, k) = replace(BF16, tile=tile), shape
-    a, b = Operand(config, m, k, "K", device), Operand(config, n, k, "K", device)
-    result = multiply(config, a, b, torch.zeros(n, device=device), 1.0, 1.0)
-    assert relative(result, a.values.double() @ b.values.double().T) < TOLERANCE["bf16"]
+def test_other_tiles(kind: str, tile: tuple[int, int], majors: tuple[str, str], device: str) -> None:
+    config = other(kind, tile, majors, 3 if device == "cuda" else 2)
+    shapes = [(600, 392, 520), (2824, 2056, 136)] if device == "cuda" else [(tile[0], tile[1] + 8, 136)]
+    for m, n, k in shapes:
+        a, b = Operand(config, m, k, majors[0], device), Operand(config, n, k, majors[1], device)
+        result = multiply(config, a, b, bias_of(n, device), 1.0, 1.0)
+        reference = a.values.double() @ b.values.double().T + bias_of(n, device).double()
+        assert relative(result, reference) < TOLERANCE[kind], (m, n, k)
 
 
 @pytest.mark.parametrize(

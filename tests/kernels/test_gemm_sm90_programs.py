@@ -107,7 +107,7 @@ def test_float32_products_read_halves_and_are_patched(tf32: bool, majors: str) -
     planes = 1 if tf32 else 2
     assert a.dims == ((203, M, planes) if majors == "KK" else (M, 203, planes))
     assert b.dims == ((203, N, planes) if majors == "KK" else (N, 203, planes))
-    assert a.strides[0] == (208 if majors == "KK" else M)
+    assert a.strides[0] == (256 if majors == "KK" else 192)  # whole 128 bytes
     tile_m, tile_n, _ = map(int, program.variant.split("×"))
     assert [w.shape for w in program.workspaces] == [(-(-M // tile_m) * -(-N // tile_n) * 8,)]
     source = program.launches[0].source
@@ -165,7 +165,7 @@ def test_what_is_split_competes_only_among_what_reads_halves() -> None:
     assert [len(found[e.name]) for e in plan.encodes] == [1]
 
 
-@pytest.mark.parametrize("tile", range(4))
+@pytest.mark.parametrize("tile", range(10))
 def test_every_tile_compiles(tile: int) -> None:
     program = GemmSm90().programs(product(torch.bfloat16), H200)[tile]
     check_compiles(program.launches[0])
@@ -226,6 +226,47 @@ def test_ping_pong_is_predicted_to_hide_epilogues() -> None:
     assert all({"128×128×64 ping-pong", "128×256×64"} <= set(variants) for variants in measured)
     of_one_tile = ranks(gelu, 1024, 1024, 1024)
     assert of_one_tile.index("128×128×64") < of_one_tile.index("128×128×64 ping-pong")
+
+
+def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
+    """The programs of y = x · wᵀ that are measured, best first."""
+    x, w = (torch.empty(rows, k, dtype=dtype, device="meta") for rows in (m, n))
+    (region,) = plan_of(lambda x, w: x @ w.T, x, w).regions
+    return [p.variant for p in contenders(GemmSm90().programs(region, H200))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "best"),
+    [
+        (torch.bfloat16, (1024, 8192, 8192), "128×256×64"),  # measured
+        (torch.float32, (1024, 8192, 8192), "128×128×64"),  # measured
+        (torch.bfloat16, (3328, 1536, 2048), "256×160×64"),  # 130 tiles: one wave, where 128×128 takes three
+        (torch.bfloat16, (1152, 4480, 3072), "128×160×64"),  # 252 tiles, two waves
+        (torch.float32, (672, 640, 1920), "128×64×64"),  # 60 tiles, where 128×128 has 30
+    ],
+)
+def test_tiles_that_fill_waves_come_first(dtype: torch.dtype, sizes: tuple[int, int, int], best: str) -> None:
+    found = variants(dtype, *sizes)
+    assert found[0] == best and len(found) <= 3
+
+
+def test_the_headline_measures_no_further_tiles() -> None:
+    """Whose compilation its first call would wait for."""
+    assert variants(torch.bfloat16, 1024, 8192, 8192) == ["128×256×64", "256×128×64", "128×128×64 ping-pong"]
+    assert variants(torch.float32, 1024, 8192, 8192) == ["128×128×64"]
+
+
+def test_lines_at_odd_multiples_of_16_bytes_want_tiles_that_read_less() -> None:
+    """Copies are the limit there, and 128×128 needs most of them."""
+    assert "128×128×64 ping-pong" in variants(torch.bfloat16, 4096, 4096, 4096)
+    assert "128×128×64 ping-pong" not in variants(torch.bfloat16, 4096, 4096, 4104)
+
+
+def test_small_float32_products_go_to_the_tensor_cores() -> None:
+    halves = HalfProducts(H200, tf32=False, library=False)
+    for m, n, k in ((672, 640, 1920), (632, 880, 544)):
+        assert halves.gain(m, n, k) > halves.split(m * k) + halves.split(n * k)
+    assert halves.gain(256, 256, 256) < 2 * halves.split(256 * 256)
 
 
 def test_the_saved_mask_of_a_training_forward() -> None:

@@ -45,7 +45,8 @@ class Rounded(Always):
         return 1e-3
 
 
-def simulated(function: Callable[..., Any], rounded: bool = False) -> Callable[..., Any]:
+def simulated(function: Callable[..., Any], rounded: bool = False, variant: str = "") -> Callable[..., Any]:
+    """variant: of the tile, else the one that is thought to be the fastest."""
     target, device = SimulatorTarget(CHIPS["sm_90a"]), torch.device("cpu")
     always = (Rounded if rounded else Always)(target.chip, rounded, library=False)
 
@@ -53,7 +54,9 @@ def simulated(function: Callable[..., Any], rounded: bool = False) -> Callable[.
         plan = compiler.plan(from_fx(module), (), capabilities)
         if rounded:
             assert all(r.gemm.encoded[1].halves.planes == 0 for r in plan.regions if r.gemm)
-        programs = {n: p[0] for n, p in candidates(plan, target.chip, library=False, tensor_maps=True).items()}
+        found = candidates(plan, target.chip, library=False, tensor_maps=True)
+        programs = {n: next((p for p in several if p.variant == variant), several[0]) for n, several in found.items()}
+        assert not variant or any(p.variant == variant for p in programs.values())
         assert all(programs[r.name].family == "gemm_sm90" for r in plan.regions if r.gemm)
         return make_boxed_func(Executable(plan, programs, target, device))
 
@@ -132,6 +135,17 @@ def test_what_halves_cannot_hold_is_computed_again(
     x, w = operands()
     change(x, w)
     assert error(product(x, w), x, w) < 1e-6  # without: 2e-4 and more
+
+
+def test_a_tile_is_patched_where_any_of_the_products_below_it_lost_bits() -> None:
+    """The patch has tiles of 128 columns; this column is in the second of the product's."""
+    for variant in ("128×64×64", "128×96×64"):
+        product = simulated(torch.matmul, variant=variant)
+        x, w = torch.randn(M, K), torch.randn(K, 192)
+        powers = torch.exp2(torch.randint(0, 41, (K,)).float())
+        x *= powers
+        w[:, 100] /= powers
+        assert error(product(x, w), x, w) < 1e-6
 
 
 def infinite(x: Tensor, w: Tensor) -> None:

@@ -193,7 +193,7 @@ def split_f16(simulator: Simulator) -> None:
     halves = torch.zeros(layout.words, dtype=torch.int32)
     split([x, 9, 70, halves, seen.view(torch.int32), 1000], (1,))
     assert halves[-1] == 3  # 1000 · 2^3 < 2^13
-    planes = halves[: layout.plane].view(torch.float16).view(2, 9, 72)[:, :, :70]
+    planes = halves[: layout.plane].view(torch.float16).view(2, 9, 128)[:, :, :70]
     assert torch.equal(planes[0], (x * 8).half())
     found = planes[0].double() + planes[1].double() * 2**-11
     assert ((found - 8 * x.double()).abs() <= 8 * x.double().abs() * 2**-22).logical_or(x > 1e5).all()
@@ -203,9 +203,9 @@ def split_f16(simulator: Simulator) -> None:
     found = torch.zeros(64, dtype=torch.int32)
     halves = torch.zeros(Halves(200, 8, 2).words, dtype=torch.int32)
     for place, lost in ((150, 0), (None, 1)):
-        halves[200 * 8 : 200 * 9] = torch.ones(200).view(torch.int32)
+        halves[200 * 64 : 200 * 65] = torch.ones(200).view(torch.int32)
         if place is not None:
-            halves[200 * 8 + place] = torch.tensor(1e6).view(torch.int32)
+            halves[200 * 64 + place] = torch.tensor(1e6).view(torch.int32)
         out_of_range([halves, torch.tensor([0] * 7 + [lost], dtype=torch.uint8), found, 200], (1,))
         assert found.all()
 

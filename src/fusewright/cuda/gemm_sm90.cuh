@@ -24,8 +24,8 @@ namespace fusewright {
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
-//   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
-//   kPingPong      the consumers take turns, or else cooperate (turns: one product, 128 × 128 or 64 × 256)
+//   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
+//   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks
 //   kMajorA, kMajorB
@@ -48,16 +48,19 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
-    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
+    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
+    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
+    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
+    static constexpr int kPlanes = kThreeProducts ? 2 : 1;
+    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0);
-    static_assert(kBlocksM * kSums <= 128, "more sums than registers");
-    static_assert(!kThreeProducts || (kBlocksM * kSums == 64 && !kPingPong), "three products fill the registers so");
+    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
+    static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
+    static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
 
     struct Operands {
         const TensorMap &a, &b;
@@ -193,8 +196,8 @@ template <class Config> struct GemmSm90 {
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
-                const int panel = part + rank, column = n + panel * kPanel;
-                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                const int panel = part + rank, column = n + panel * kPanelB;
+                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelB * 128;
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)

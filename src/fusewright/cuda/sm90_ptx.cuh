@@ -189,77 +189,95 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 #define FUSEWRIGHT_8(d, i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define FUSEWRIGHT_32(d, i) \
-    FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8), FUSEWRIGHT_8(d, i + 16), FUSEWRIGHT_8(d, i + 24)
-#define FUSEWRIGHT_NAMES_0_63                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "     \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
-    "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
-    "%58, %59, %60, %61, %62, %63"
-#define FUSEWRIGHT_NAMES_64_127                                                                          \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "     \
-    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
-    "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "    \
-    "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FUSEWRIGHT_16(d, i) FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8)
+// So many sums as operands of an instruction, and their names there.
+#define FUSEWRIGHT_SUMS_32(d) FUSEWRIGHT_16(d, 0), FUSEWRIGHT_16(d, 16)
+#define FUSEWRIGHT_SUMS_48(d) FUSEWRIGHT_SUMS_32(d), FUSEWRIGHT_16(d, 32)
+#define FUSEWRIGHT_SUMS_64(d) FUSEWRIGHT_SUMS_48(d), FUSEWRIGHT_16(d, 48)
+#define FUSEWRIGHT_SUMS_80(d) FUSEWRIGHT_SUMS_64(d), FUSEWRIGHT_16(d, 64)
+#define FUSEWRIGHT_SUMS_96(d) FUSEWRIGHT_SUMS_80(d), FUSEWRIGHT_16(d, 80)
+#define FUSEWRIGHT_SUMS_112(d) FUSEWRIGHT_SUMS_96(d), FUSEWRIGHT_16(d, 96)
+#define FUSEWRIGHT_SUMS_128(d) FUSEWRIGHT_SUMS_112(d), FUSEWRIGHT_16(d, 112)
+#define FUSEWRIGHT_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FUSEWRIGHT_NAMES_48 \
+    FUSEWRIGHT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FUSEWRIGHT_NAMES_64 \
+    FUSEWRIGHT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSEWRIGHT_NAMES_80 \
+    FUSEWRIGHT_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define FUSEWRIGHT_NAMES_96 \
+    FUSEWRIGHT_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FUSEWRIGHT_NAMES_112 \
+    FUSEWRIGHT_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111"
+#define FUSEWRIGHT_NAMES_128 \
+    FUSEWRIGHT_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+    "%124, %125, %126, %127"
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
-// d (64 × 128 or 64 × 256, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns), asynchronously.
+// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                              \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                         \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63    \
-                 "}, %64, %65, p, 1, 1, %67, %68;\n\t}"                                                     \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)                                                \
+#define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_##SUMS  \
+                 "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
+                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
+#define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
+    template <class Element, Major kMajorA, Major kMajorB>                                                  \
+    __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
+        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
+        else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
+    }
+FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
+FUSEWRIGHT_WGMMA(96, 48, 48, 49, 50, 51, 52)
+FUSEWRIGHT_WGMMA(128, 64, 64, 65, 66, 67, 68)
+FUSEWRIGHT_WGMMA(160, 80, 80, 81, 82, 83, 84)
+FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
+FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
+FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
+#undef FUSEWRIGHT_PRODUCT
 #undef FUSEWRIGHT_WGMMA
-}
-
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                                     \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                                               \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63           \
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, %128, %129, p, 1, 1, %131, %132;\n\t}"                           \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)           \
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
-#undef FUSEWRIGHT_WGMMA
-}
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_64
                  "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
+                 : FUSEWRIGHT_SUMS_64(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_128
+                 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
+                 : FUSEWRIGHT_SUMS_128(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8
-#undef FUSEWRIGHT_32
-#undef FUSEWRIGHT_NAMES_0_63
-#undef FUSEWRIGHT_NAMES_64_127
+#undef FUSEWRIGHT_16
+#undef FUSEWRIGHT_SUMS_32
+#undef FUSEWRIGHT_NAMES_32
+#undef FUSEWRIGHT_SUMS_48
+#undef FUSEWRIGHT_NAMES_48
+#undef FUSEWRIGHT_SUMS_64
+#undef FUSEWRIGHT_NAMES_64
+#undef FUSEWRIGHT_SUMS_80
+#undef FUSEWRIGHT_NAMES_80
+#undef FUSEWRIGHT_SUMS_96
+#undef FUSEWRIGHT_NAMES_96
+#undef FUSEWRIGHT_SUMS_112
+#undef FUSEWRIGHT_NAMES_112
+#undef FUSEWRIGHT_SUMS_128
+#undef FUSEWRIGHT_NAMES_128
 
 }  // namespace fusewright

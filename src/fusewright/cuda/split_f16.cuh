@@ -23,13 +23,13 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
 // in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
 
-    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
@@ -57,15 +57,19 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     const SplitOperand a, b;
     const uint8_t* lost;
     int64_t M, N;
-    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0 && kTileM % kM == 0);
 
     __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
 
     // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
     // loads of several tiles are under way together.
     __device__ __forceinline__ bool sees(int64_t m, int n) const {
-        const int64_t tile = m / kTileM * ((N + kTileN - 1) / kTileN) + n / kTileN;
-        bool found = reinterpret_cast<const uint64_t*>(lost)[tile] != 0;
+        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
+        const int64_t row = m / kTileM * ((N + kTileN - 1) / kTileN), last = (min(int64_t(n) + kN, N) - 1) / kTileN;
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(int64_t(n / kTileN + i), last)] != 0;
 #pragma unroll
         for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
 #pragma unroll

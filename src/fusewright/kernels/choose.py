@@ -27,7 +27,7 @@ PORTABLE: tuple[Family, ...] = (GemmSimt(), _SKINNY, Pointwise())
 
 # A program that is predicted to take this many times the best one's time is not worth measuring; nor is another of its
 # family that is predicted to take so many times the family's best, or comes after so many.
-_HOPELESS, _CLOSE, _FEW = 3.0, 1.25, 3
+_HOPELESS, _CLOSE, _FEW = 3.0, 1.2, 3
 
 
 def capabilities(chip: Chip, *, library: bool, tensor_maps: bool = False, tf32: bool = False) -> Capabilities | None:

@@ -17,6 +17,7 @@ from fusewright.fusion.plan import Matrix, Region
 from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels.base import OVERLAP, Program, Refused, comment, initialiser, translation_unit
 
+_LAUNCH = 3e-6  # seconds
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -183,13 +184,23 @@ def blocks(size: Size, tile: int) -> Size:
     return (size + tile - 1) // tile
 
 
+def seconds(m: float, n: float, k: float, chip: Chip) -> float:
+    """Predicted for a product in float32 by the best of CONFIGS."""
+    return min(_seconds(m, n, k, config, chip.fp32, chip) for config in CONFIGS)
+
+
 def _cost(region: Region, config: Config, chip: Chip) -> float:
-    """Predicted seconds: waves of tiles at the rate of the CUDA cores, smaller tiles at less of it."""
     assert region.gemm is not None
     m, k = (evaluate_typical(s) for s in region.gemm.a.shape)
     n = evaluate_typical(region.gemm.b.shape[1])
-    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-    together = chip.multiprocessors * config.resident
-    waves = -(-tiles // together)
     rate = chip.fp64 if region.gemm.accumulator == torch.float64 else chip.fp32
-    return float(waves * together * 2 * config.tile_m * config.tile_n * k / (rate * config.efficiency))
+    return _seconds(m, n, k, config, rate, chip)
+
+
+def _seconds(m: float, n: float, k: float, config: Config, rate: float, chip: Chip) -> float:
+    """The blocks of the busiest multiprocessor at the rate of its cores, smaller ones at less of it. A few, which wait
+    for memory, take as long as half of those that it holds (benchmarks/results/gemm_simt.json)."""
+    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+    busiest = max(-(-tiles // chip.multiprocessors), config.resident / 2)
+    rate *= config.efficiency / chip.multiprocessors
+    return float(busiest * 2 * config.tile_m * config.tile_n * k / rate) + _LAUNCH

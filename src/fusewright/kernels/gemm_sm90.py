@@ -28,6 +28,7 @@ from fusewright.kernels import gemm_simt, gemm_skinny
 from fusewright.kernels.base import Program, Refused, comment, initialiser, translation_unit
 from fusewright.kernels.gemm_simt import blocks, gemm_launch, smaller
 from fusewright.kernels.split_f16 import (
+    PANEL,
     Operand,
     SplitOperand,
     lost_arg,
@@ -52,14 +53,13 @@ _LAUNCH, _STORE, _OPERATION = 3e-6, 2e-6 / 128, 0.7e-6 / 128
 
 @dataclass(frozen=True)
 class Tile:
-    """What one block computes, and the stages of its ring. efficiency: share of the peak rate when the chip is full.
+    """What one block computes. efficiency: share of the peak rate when the chip is full and copies keep up.
 
     registers: the right operand is rounded in registers. ping_pong: each warpgroup computes whole tiles, in turn.
     """
 
     m: int
     n: int
-    stages: int
     efficiency: float
     registers: bool = False
     ping_pong: bool = False
@@ -73,24 +73,47 @@ class Tile:
         """How many a thread holds."""
         return self.m * self.n // (128 if self.ping_pong else 256)
 
-    def shared_bytes(self, products: int, vector: int) -> int:
-        """As `kSharedBytes` in the kernels: the ring, the warps' slabs, the barriers, and room to align."""
-        planes = 2 if products == 3 else 1
-        ring = self.stages * planes * (self.m + self.n * (2 if self.registers else 1)) * TILE_K * 2
-        return ring + 8 * 16 * 8 * vector * 4 + (2 * self.stages + 2) * 8 + 1024
+    @property
+    def panel(self) -> int:
+        """Lines of a K-major right operand that one bulk copy brings."""
+        return PANEL // 2 if self.n % PANEL else PANEL
+
+    def stage(self, products: int, major: str) -> tuple[int, int]:
+        """Bytes of the left and of the right operand, of `major`, in a stage of the ring: whole panels."""
+        columns = self.n if major == "K" else -(-self.n // PANEL) * PANEL
+        line = TILE_K * 2 * (2 if products == 3 else 1)
+        return self.m * line, columns * line * (2 if self.registers else 1)
+
+    def ring(self, products: int, vector: int, major: str, chip: Chip) -> tuple[int, int]:
+        """How many stages fit, and `kSharedBytes` of the kernels: the ring, the warps' slabs, the barriers, and room to
+        align."""
+        rest, stage = 8 * 16 * 8 * vector * 4 + 2 * 8 + 1024, sum(self.stage(products, major)) + 2 * 8
+        stages = (chip.shared_bytes - rest) // stage
+        return stages, rest + stages * stage
 
 
-# By number of products. Efficiencies as in docs/lab/gemm.md.
+# By number of products. Efficiencies as in docs/lab/gemm.md: measured for 128×128, 128×256 and 256×128, else by what
+# tensor cores and copies move through shared memory (step 27). 256×192 would spill.
 TILES = {
     1: (
-        Tile(128, 256, 4, 0.81),
-        Tile(256, 128, 4, 0.80),
-        Tile(128, 128, 6, 0.77, ping_pong=True),
-        Tile(128, 128, 6, 0.77),
+        Tile(128, 256, 0.81),
+        Tile(256, 128, 0.80),
+        Tile(128, 128, 0.77, ping_pong=True),
+        Tile(128, 128, 0.77),
+        Tile(256, 160, 0.80),
+        Tile(128, 224, 0.80),
+        Tile(128, 192, 0.80),
+        Tile(128, 160, 0.79),
+        Tile(128, 96, 0.68),
+        Tile(128, 64, 0.55),
     ),
-    3: (Tile(128, 128, 3, 0.80),),
+    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.62)),
 }
-IN_REGISTERS = (Tile(256, 128, 3, 0.67, registers=True), Tile(128, 128, 4, 0.50, registers=True))
+IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
+
+# Bytes a second that bulk copies bring to one multiprocessor, and to all, by what lines of an operand lie at multiples
+# of, in elements (step 27). Where they are multiples of 128 bytes copies are seldom the limit.
+_COPIES, _ALL_COPIES = 100e9, ((64, 13.2e12), (16, 8.3e12), (_LINE, 5.6e12))
 
 
 @dataclass(frozen=True)
@@ -161,15 +184,18 @@ class HalfProducts:
         return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
 
     def _best(self, m: float, n: float, k: float, tiles: Sequence[Tile]) -> float:
-        return min(_seconds(m, n, k, tile, self.products, self.chip) for tile in tiles)
+        copies = Copies("K", _ALL_COPIES[0][1], _ALL_COPIES[0][1])
+        return min(_seconds(m, n, k, tile, self.products, copies, self.chip) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
-        """float32 on the CUDA cores, or torch's TF32: tiles of 64 or 128, each on a multiprocessor of its own. Of few
+        """Our float32 on the CUDA cores, or torch's: tiles of 64, with TF32 of 128, a multiprocessor for each. Of few
         rows, what reads the weight as it lies."""
-        tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 and self.library else (64, self.chip.fp32 * _FP32)
+        skinny = gemm_skinny.seconds(m, n, k, torch.float32, self.chip)
+        if not self.library:
+            return min(gemm_simt.seconds(m, n, k, self.chip), skinny)
+        tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 else (64, self.chip.fp32 * _FP32)
         waves = math.ceil(math.ceil(m / tile) * math.ceil(n / tile) / self.chip.multiprocessors)
-        tiled = waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors)
-        return min(tiled, gemm_skinny.seconds(m, n, k, torch.float32, self.chip))
+        return min(waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors) + _LAUNCH, skinny)
 
 
 def _products(gemm: Gemm) -> int:
@@ -191,11 +217,12 @@ def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Prog
     """16-bit operands as they lie."""
     gemm = region.gemm
     assert gemm is not None
-    launches = [_launch(region, tile, Operand("a", gemm.a), Operand("b", gemm.b), chip)]
+    a, b = Operand("a", gemm.a), Operand("b", gemm.b)
+    launches = [_launch(region, tile, a, b, chip)]
     if not isinstance(gemm.a.shape[1], int):  # a sum of nothing: there are no maps of empty tensors
         empty = gemm_launch(region, _PATCH)
         launches.append(replace(empty, grid=(empty.grid[0] * (1 - sympy.Min(gemm.a.shape[1], 1)), 1, 1)))
-    return Program(family, region, tuple(launches), cost=_region_seconds(region, tile, chip), variant=str(tile))
+    return Program(family, region, tuple(launches), cost=_region_seconds(region, tile, a, b, chip), variant=str(tile))
 
 
 def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
@@ -207,7 +234,7 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     least = _LEAST_K[3] if _products(gemm) == 3 else 1
     guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least, chip)
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
-    seconds = _region_seconds(region, tile, chip) + _LAUNCH
+    seconds = _region_seconds(region, tile, a, b, chip) + _LAUNCH
     workspaces = (lost_flags(_tiles(a, b, tile)),)
     return Program(family, region, launches, workspaces, seconds, variant=str(tile))
 
@@ -216,12 +243,13 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     """The product itself. wide: the epilogue uses accesses of several elements, for which pointers must be aligned."""
     gemm = region.gemm
     assert gemm is not None
-    vector, products = 4 if tile.registers else _vector(region), _products(gemm)
+    vector, products = _vector(region, tile), _products(gemm)
     left, right, sizes = (b, a, "NMK") if tile.registers else (a, b, "MNK")  # as the kernel takes them
+    ring = tile.ring(products, vector, right.major, chip)
     epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
-    args: list[Arg] = [a.tensor_map(), b.tensor_map()]
+    args: list[Arg] = [a.tensor_map(), b.tensor_map(tile.panel if b.major == "K" else PANEL)]
     args += [SizeArg(s) for s in (a.extent, b.extent, gemm.a.shape[1])]
     passed = [f"{{{left.name}", right.name, *sizes]
     for operand in (left, right):
@@ -247,13 +275,13 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
         source=translation_unit(
             ("gemm_sm90_registers.cuh" if tile.registers else "gemm_sm90.cuh", "scalar.cuh"),
             epilogue,
-            _instantiation(element, tile, products, vector, left, right),
+            _instantiation(element, tile, ring, products, vector, left, right),
             "\n".join(kernel),
         ),
         grid=(smaller(_tiles(a, b, tile) * _one_or_none(gemm.a.shape[1]), chip.multiprocessors), 1, 1),
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
-        shared_bytes=tile.shared_bytes(products, vector),
+        shared_bytes=ring[1],
         comment=comment(region),
         early=True,
         unaligned=_unaligned(region, tile, a, b, chip, wide and epilogue.aligned),
@@ -278,44 +306,83 @@ def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, e
     return None if isinstance(a, SplitOperand) else gemm_launch(region, _PATCH, wide=False)
 
 
-def _instantiation(element: str, tile: Tile, products: int, vector: int, a: Operand, b: Operand) -> str:
+def _instantiation(
+    element: str, tile: Tile, ring: tuple[int, int], products: int, vector: int, a: Operand, b: Operand
+) -> str:
+    stages, shared_bytes = ring
     kernel, m, n = ("GemmSm90Registers", tile.n, tile.m) if tile.registers else ("GemmSm90", tile.m, tile.n)
     return f"""struct Config {{
     using Element = {element};
-    static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {tile.stages};
+    static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {stages};
     static constexpr int kCluster = 1, kPromote = {32 if products == 3 else TILE_K}, kGroup = 8, kVector = {vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
     static constexpr bool kScaled = {_bool(isinstance(a, SplitOperand))}, kPingPong = {_bool(tile.ping_pong)};
 }};
 using Gemm = fusewright::{kernel}<Config>;
-static_assert(Gemm::kThreads == {THREADS} && Gemm::kSharedBytes == {tile.shared_bytes(products, vector)});"""
+static_assert(Gemm::kThreads == {THREADS} && Gemm::kSharedBytes == {shared_bytes});"""
 
 
 def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _vector(region: Region) -> int:
-    """Columns that a thread finishes at once: 16 bytes of a 16-bit result."""
+def _vector(region: Region, tile: Tile) -> int:
+    """Columns that a thread finishes at once: 16 bytes of a 16-bit result whose rows are multiples of that."""
     stored = [s.access.dtype.itemsize for s in region.stores if not s.access.bits]
-    return 8 if stored and max(stored) <= 2 else 4
+    eight = stored and max(stored) <= 2 and divides(8, region.columns) is not None
+    return 8 if eight and tile.n % 64 == 0 and not tile.registers else 4
 
 
-def _region_seconds(region: Region, tile: Tile, chip: Chip) -> float:
-    assert region.gemm is not None
-    m, k = (evaluate_typical(s) for s in region.gemm.a.shape)
-    n = evaluate_typical(region.gemm.b.shape[1])
+# ---- Cost
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Of a product's operands: the right one's major, and bytes of each that all multiprocessors get in a second."""
+
+    major: str
+    left: float
+    right: float
+
+    @classmethod
+    def of(cls, a: Operand, b: Operand, tile: Tile) -> Copies:
+        return cls(b.major, _copy_rate(a, PANEL), _copy_rate(b, tile.n))
+
+    def seconds(self, left: int, right: int, active: float) -> float:
+        """To bring so much of each operand to as many multiprocessors as are active."""
+        return left / min(_COPIES, self.left / active) + right / min(_COPIES, self.right / active)
+
+
+def _copy_rate(operand: Operand, width: int) -> float:
+    """width: of the tile; where lines run across K copies begin at multiples of it."""
+    line = operand.line_stride
+    return next(r for s, r in _ALL_COPIES if divides(s, line) is not None and (operand.major == "K" or width % s == 0))
+
+
+def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip) -> float:
+    gemm = region.gemm
+    assert gemm is not None
+    m, n, k = (evaluate_typical(s) for s in (a.extent, b.extent, gemm.a.shape[1]))
     operations = sum(isinstance(e, Apply) for e in walk(s.value for s in region.sinks))
-    return _seconds(m, n, k, tile, _products(region.gemm), chip, operations)
+    return _seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, operations)
 
 
-def _seconds(m: float, n: float, k: float, tile: Tile, products: int, chip: Chip, operations: int = 0) -> float:
-    """Predicted: waves of tiles at the rate of the tensor cores, and each wave's epilogue, of so many operations. In
-    ping-pong all but the last run beside products, as far as these last."""
-    waves = float(-(-(-(-m // tile.m) * -(-n // tile.n)) // chip.multiprocessors))
-    flops = 2 * tile.m * tile.n * products * TILE_K * -(-k // TILE_K)
-    main = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
+def _seconds(
+    m: float, n: float, k: float, tile: Tile, products: int, copies: Copies, chip: Chip, operations: int = 0
+) -> float:
+    """Predicted: waves of whole tiles, the last of what is left over, at the rate of the tensor cores or of the copies
+    that bring operands; and each wave's epilogue, of so many operations. In ping-pong all epilogues but the last run
+    beside products, as far as these last."""
+    steps, flops = -(-k // TILE_K), 2 * tile.m * tile.n * products * TILE_K
+    multiplied = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
+    operands = tile.stage(products, copies.major)
+
+    def wave(tiles: float) -> float:
+        return float(steps * max(multiplied, copies.seconds(*operands, tiles))) if tiles else 0.0
+
+    full, rest = divmod(-(-m // tile.m) * -(-n // tile.n), chip.multiprocessors)
+    waves, main = full + (rest > 0), full * wave(chip.multiprocessors) + wave(rest)
     epilogue = tile.sums * (_STORE + _OPERATION * operations)
     if tile.ping_pong:
-        return main + (waves - 1) * max(main, (main + epilogue) / 2) + epilogue
-    return waves * (main + epilogue)
+        return _LAUNCH + main + max(0.0, (epilogue - main / waves) / 2) * (waves - 1) + epilogue
+    return _LAUNCH + main + waves * epilogue

@@ -65,11 +65,11 @@ class Operand:
         """The dimension that is contiguous."""
         return self.k if self.major == "K" else 1 - self.k
 
-    def tensor_map(self) -> TensorMapArg:
+    def tensor_map(self, lines: int = PANEL) -> TensorMapArg:
+        """lines: that one bulk copy brings."""
         m = self.matrix
-        return _tensor_map(
-            m.buffer, m.dtype, m.shape[self._axis], m.shape[1 - self._axis], self.line_stride, 1, m.offset
-        )
+        extents = m.shape[self._axis], m.shape[1 - self._axis]
+        return _tensor_map(m.buffer, m.dtype, *extents, self.line_stride, 1, lines, m.offset)
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,15 @@ class SplitOperand(Operand):
         # Lines of `a` as it is run along K, those of its transpose along M; with `b` it is the other way round.
         return "K" if (self.name == "a") != self.encoded.transposed else "MN"
 
-    def tensor_map(self) -> TensorMapArg:
+    @property
+    def line_stride(self) -> Size:
+        return self.encoded.halves.padded if self.encoded.halves.planes else super().line_stride
+
+    def tensor_map(self, lines: int = PANEL) -> TensorMapArg:
         h = self.encoded.halves
         if not h.planes:
             return super().tensor_map()
-        return _tensor_map(self.encoded.buffer, torch.float16, h.length, h.lines, h.padded, h.planes)
+        return _tensor_map(self.encoded.buffer, torch.float16, h.length, h.lines, h.padded, h.planes, lines)
 
     def parameter(self) -> tuple[str, Arg]:
         return f"const int* __restrict__ {self.name}_halves", BufferArg(self.encoded.buffer, torch.int32)
@@ -102,9 +106,9 @@ class SplitOperand(Operand):
 
 
 def _tensor_map(
-    buffer: str, dtype: torch.dtype, length: Size, lines: Size, stride: Size, planes: int, offset: Size = 0
+    buffer: str, dtype: torch.dtype, length: Size, lines: Size, stride: Size, planes: int, panel: int, offset: Size = 0
 ) -> TensorMapArg:
-    box = (PANEL_BYTES // dtype.itemsize, PANEL, 1)
+    box = (PANEL_BYTES // dtype.itemsize, panel, 1)
     return TensorMapArg(buffer, dtype, (length, lines, planes), (stride, stride * lines), box, 128, offset)
 
 

@@ -114,7 +114,7 @@ template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
 template <class Element, Major kMajorA, Major kMajorB, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-    static_assert(kCount == 64 || kCount == 128, "128 or 256 columns");
+    static_assert(kCount % 16 == 0 && kCount <= 128, "32 to 256 columns");
     simulator::wgmma({d, nullptr, a, b, 2 * kCount, kIsBfloat16<Element>, kMajorA == Major::MN, kMajorB == Major::MN,
                       accumulate});
 }
