@@ -323,6 +323,7 @@ RUNS: Mapping[str, Callable[[Simulator], None]] = {
     "split_f16.cuh": split_f16,
     "gemm_sm90.cuh": gemm_sm90,
     "gemm_sm90_registers.cuh": gemm_sm90_registers,
+    "lost_bits.cuh": gemm_sm90_registers,
 }
 
 
