@@ -20,7 +20,6 @@ CUDA_SOURCE = r"""
 #include <cuda_runtime_api.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <cuda_fp16.h>
-#include <cuda_bf16.h>
 
 namespace {
 
@@ -97,8 +96,8 @@ template <int V> __device__ __forceinline__ void load_bits(bool (&dst)[V], const
     uint32_t bits = 0;
 #pragma unroll
     for (int byte = 0; byte * 8 < V; ++byte)
-        if (byte * 8 < count) bits |= uint32_t(row[n / 8 + byte]) << byte * 8;
-    if (V < 8) bits >>= n % 8;
+        if (byte * 8 < count) bits |= uint32_t(row[(n >> 3) + byte]) << byte * 8;
+    if (V < 8) bits >>= n & 7;
 #pragma unroll
     for (int i = 0; i < V; ++i) dst[i] = i < count && (bits >> i & 1);
 }
@@ -120,13 +119,13 @@ __device__ __forceinline__ void store_bits(uint8_t* row, int64_t n, const bool (
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) bits |= uint32_t(i < count && src[i]) << i;
-    if (V < 8) bits <<= n % 8;
+    if (V < 8) bits <<= n & 7;
 #pragma unroll
     for (int lanes = 1; lanes * V < 8; lanes *= 2) bits |= __shfl_xor_sync(0xffffffff, bits, lanes);
-    if (n % 8 == 0) {  // where V < 8, the first lane of its byte
+    if ((n & 7) == 0) {  // where V < 8, the first lane of its byte
 #pragma unroll
         for (int byte = 0; byte * 8 < V; ++byte)
-            if (byte * 8 < count) row[n / 8 + byte] = uint8_t(bits >> byte * 8);
+            if (byte * 8 < count) row[(n >> 3) + byte] = uint8_t(bits >> byte * 8);
     }
 }
 
@@ -155,13 +154,13 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
 // in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
 
-    __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
+    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
@@ -189,23 +188,33 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     const SplitOperand a, b;
     const uint8_t* lost;
     int64_t M, N;
-    static_assert(kM % kThreads == 0 && kN % kThreads == 0 && kTileM % kM == 0);
+    bool always = false;  // takes all tiles for wrong
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
 
-    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
+    // Row by row: tiles of a row, which one row of a makes wrong together, go to as many blocks.
+    __device__ __forceinline__ int columns() const { return int((N + kN - 1) / kN); }
+    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM) * columns(); }
+    __device__ __forceinline__ int m(int tile) const { return tile / columns() * kM; }
+    __device__ __forceinline__ int n(int tile) const { return tile % columns() * kN; }
 
-    // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
-    // loads of several tiles are under way together.
-    __device__ __forceinline__ bool sees(int64_t m, int n) const {
-        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
-        const int64_t row = m / kTileM * ((N + kTileN - 1) / kTileN), last = (min(int64_t(n) + kN, N) - 1) / kTileN;
+    // Whether something is wrong in any of the block's tiles; nearly always nothing is.
+    __device__ __forceinline__ bool anywhere() const {
         bool found = false;
+#pragma unroll 4
+        for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x) found |= sees(tile);
+        return __syncthreads_or(found);
+    }
+
+    // Whether something is wrong in the share of a tile that this thread looks at. Without a branch, so that the loads
+    // of several tiles are under way together.
+    __device__ __forceinline__ bool sees(int tile) const {
+        const int first_m = m(tile), first_n = n(tile);
+        const int of_product = first_m / kTileM * int((N + kTileN - 1) / kTileN) + first_n / kTileN;
+        bool found = always | (reinterpret_cast<const uint64_t*>(lost)[of_product] != 0);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i)
-            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(int64_t(n / kTileN + i), last)] != 0;
+        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(first_m + i + threadIdx.x, M);
 #pragma unroll
-        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
-#pragma unroll
-        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(n + i + threadIdx.x, N);
+        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(first_n + i + threadIdx.x, N);
         return found;
     }
 };
@@ -213,20 +222,21 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
 // A float32 matrix and the buffer for its halves.
 struct SplitMatrix {
     const float* x;
-    int64_t stride, lines, length;  // stride: elements from line to line
+    int64_t stride, lines, length;  // stride: elements from line to line. lines, length < 2^31
     int* halves;
+    int planes;  // 2: hi and lo; 1: hi alone (one product, TF32's precision); 0: none, s alone is written
+
+    __device__ __forceinline__ SplitLayout layout() const { return {planes, lines, length}; }
 
     // Whether a line can be read 16 bytes at a time.
     __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
 };
 
-// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision), 0 writes s alone.
-template <int kPlanes> struct SplitF16 {
+// A launch takes several matrices; a block finds its own first. All run the same code, which compiles once.
+struct SplitF16 {
     // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
     static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
     static constexpr int kStride = 32 * kVector, kBlockColumns = kVectors * kStride;
-
-    __device__ __forceinline__ static SplitLayout layout(const SplitMatrix& m) { return {kPlanes, m.lines, m.length}; }
 
     // ---- Sample: the first launch -----------------------------------------------------------------------------------
 
@@ -234,29 +244,28 @@ template <int kPlanes> struct SplitF16 {
     // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
     // magnitudes that the split adds to.
     __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
-        if constexpr (kPlanes > 0) {
-            int* magnitudes = m.halves + layout(m).line_magnitudes();
+        if (m.planes > 0) {
+            int* magnitudes = m.halves + m.layout().line_magnitudes();
             const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
             for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
         }
-        const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
-        const uint32_t all = block_max(found);
+        const uint32_t all = block_max(largest_finite(m));
         if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
     }
 
-    template <bool kAligned> __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
+    __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
         // An eighth of a small matrix; of a large one, a million elements or a sixty-fourth.
-        const int64_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
-        const int64_t chunks = (m.length + kStride - 1) / kStride;
-        const int64_t per_line = (chunks + every - 1) / every, units = m.lines * per_line;
-        const int64_t warps = int64_t(gridDim.x) * kWarps;
+        const uint32_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
+        const uint32_t chunks = (m.length + kStride - 1) / kStride;
+        // Units are counted in 32 bits, whose division is short: no memory holds 2^32 of them, a kilobyte or a line each.
+        const uint32_t per_line = (chunks + every - 1) / every, units = uint32_t(m.lines) * per_line;
+        const bool aligned = m.aligned();
         uint32_t largest = 0;
 #pragma unroll 4
-        for (int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; unit < units; unit += warps) {
-            const int64_t line = unit / per_line, chunk = unit % per_line * every + line % every;
-            const int64_t column = chunk * kStride + threadIdx.x % 32 * kVector;
+        for (uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < units; unit += gridDim.x * kWarps) {
+            const uint32_t line = unit / per_line, chunk = unit % per_line * every + line % every;
             float x[kVector];
-            read<kAligned>(x, m, line, column);
+            read(x, m, aligned, line, chunk * kStride + threadIdx.x % 32 * kVector);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) {
                 const uint32_t magnitude = __float_as_uint(x[i]) & 0x7fffffff;
@@ -270,14 +279,11 @@ template <int kPlanes> struct SplitF16 {
 
     // Block `block` of `blocks`, a multiple of the strips of kBlockColumns that a line has: enough to fill the chip, and
     // few, since each ends with atomics for its columns. largest: what `count` blocks of the sample saw.
-    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int64_t block,
-                                                 int64_t blocks) {
+    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int block,
+                                                 int blocks) {
         const int exponent = choose_exponent(largest, count);
-        if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
-        if constexpr (kPlanes > 0) {
-            if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
-            else split<false>(m, split_scale(exponent), block, blocks);
-        }
+        if (block == 0 && threadIdx.x == 0) m.halves[m.layout().exponent()] = exponent;
+        if (m.planes > 0) split(m, split_scale(exponent), block, blocks);
     }
 
     // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
@@ -288,39 +294,37 @@ template <int kPlanes> struct SplitF16 {
         return m == 0 ? 0 : max(-kSplitLimit, min(kSplitLimit, kSplitTarget - (int(m >> 23) - 127)));
     }
 
-    template <bool kAligned>
-    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int64_t block, int64_t blocks) {
-        const SplitLayout at = layout(m);
-        const int64_t strips = (m.length + kBlockColumns - 1) / kBlockColumns, padded = at.padded();
-        const int64_t column = block % strips * kBlockColumns + threadIdx.x % 32 * kVector;
+    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int block, int blocks) {
+        const SplitLayout layout = m.layout();
+        const int strips = int((m.length + kBlockColumns - 1) / kBlockColumns), first = block % strips * kBlockColumns;
+        const int column = first + threadIdx.x % 32 * kVector, step = blocks / strips * kWarps;
+        const int64_t padded = layout.padded();
+        const bool aligned = m.aligned();
         __half* hi = reinterpret_cast<__half*>(m.halves);
-        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + at.line_magnitudes();
+        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + layout.line_magnitudes();
         uint32_t column_max[kVectors][kVector] = {};
-        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += blocks / strips * kWarps) {
+        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += step) {
             float x[kVectors][kVector];
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i) read<kAligned>(x[i], m, line, column + i * kStride);
+            for (int i = 0; i < kVectors; ++i) read(x[i], m, aligned, line, column + i * kStride);
             measure(x, column_max, magnitudes + line);
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i)
-                write(x[i], scale, hi + line * padded + column + i * kStride, m.lines * padded,
-                      left(m, column + i * kStride));
+            for (int i = 0; i < kVectors; ++i) {
+                const int at = column + i * kStride;
+                write(x[i], scale, hi + line * padded + at, m.planes == 2, m.lines * padded, int(m.length) - at);
+            }
         }
-        finish_columns(column_max, magnitudes + m.lines, m.length, block % strips * kBlockColumns);
+        finish_columns(column_max, magnitudes + m.lines, int(m.length), first);
     }
 
     // ---- Parts ------------------------------------------------------------------------------------------------------
 
-    // How many of a vector's elements exist.
-    __device__ __forceinline__ static int left(const SplitMatrix& m, int64_t column) {
-        return int(max(min(m.length - column, int64_t(kVector)), int64_t(0)));
-    }
-
-    template <bool kAligned>
-    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, int64_t line, int64_t column) {
+    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, bool aligned, int64_t line,
+                                                int column) {
         const float* p = m.x + line * m.stride + column;
-        if constexpr (kAligned) load_vector<kVector>(x, p, left(m, column));
-        else load<kVector>(x, p, 1, left(m, column));
+        const int left = int(m.length) - column;
+        if (aligned && left >= kVector) Access<kVector, float>::load(x, p);
+        else load<kVector>(x, p, 1, left);
     }
 
     // The largest of a block's values, for all its threads.
@@ -348,8 +352,9 @@ template <int kPlanes> struct SplitF16 {
         if (threadIdx.x % 32 == 0 && line_max) atomicMax(line_magnitude, line_max);
     }
 
-    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, int64_t plane,
-                                                 int count) {
+    // both: hi, and `plane` elements further on lo.
+    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, bool both,
+                                                 int64_t plane, int count) {
         alignas(8) __half hi[kVector], lo[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -358,12 +363,12 @@ template <int kPlanes> struct SplitF16 {
             lo[i] = __float2half_rn(__fsub_rn(scaled, __half2float(hi[i])) * 0x1p11f);
         }
         store_vector<kVector>(p, hi, count);
-        if constexpr (kPlanes == 2) store_vector<kVector>(p + plane, lo, count);
+        if (both) store_vector<kVector>(p + plane, lo, count);
     }
 
     // The block's warps meet in shared memory, so that each column costs a block one atomic.
     __device__ __forceinline__ static void finish_columns(const uint32_t (&column_max)[kVectors][kVector],
-                                                          uint32_t* column_magnitudes, int64_t columns, int64_t first) {
+                                                          uint32_t* column_magnitudes, int columns, int first) {
         __shared__ uint32_t largest[kBlockColumns];
         for (int i = threadIdx.x; i < kBlockColumns; i += kThreads) largest[i] = 0;
         __syncthreads();
@@ -393,6 +398,8 @@ enum class Major { K, MN, Strided };
 // Hopper's own instructions (sm_90a), one named function each, and nothing else. The simulator has its own version of
 // this file. Pointers to shared memory are generic pointers into the calling block's own shared memory, unless a name
 // says "remote".
+
+struct __nv_bfloat16;
 
 namespace fusewright {
 
@@ -567,105 +574,88 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler does not know that products write registers after they are issued: accesses stay on their side of this.
+// The compiler does not know that products write registers after they are issued: accesses to them stay on their side
+// of this. Those to memory need not, and to hold them too would slow the compiler down.
 template <int kCount> __device__ __forceinline__ void hold_registers(float (&values)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i]));
 }
 
 #define FUSEWRIGHT_8(d, i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define FUSEWRIGHT_16(d, i) FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8)
-// So many sums as operands of an instruction, and their names there.
-#define FUSEWRIGHT_SUMS_32(d) FUSEWRIGHT_16(d, 0), FUSEWRIGHT_16(d, 16)
-#define FUSEWRIGHT_SUMS_48(d) FUSEWRIGHT_SUMS_32(d), FUSEWRIGHT_16(d, 32)
-#define FUSEWRIGHT_SUMS_64(d) FUSEWRIGHT_SUMS_48(d), FUSEWRIGHT_16(d, 48)
-#define FUSEWRIGHT_SUMS_80(d) FUSEWRIGHT_SUMS_64(d), FUSEWRIGHT_16(d, 64)
-#define FUSEWRIGHT_SUMS_96(d) FUSEWRIGHT_SUMS_80(d), FUSEWRIGHT_16(d, 80)
-#define FUSEWRIGHT_SUMS_112(d) FUSEWRIGHT_SUMS_96(d), FUSEWRIGHT_16(d, 96)
-#define FUSEWRIGHT_SUMS_128(d) FUSEWRIGHT_SUMS_112(d), FUSEWRIGHT_16(d, 112)
-#define FUSEWRIGHT_NAMES_32 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FUSEWRIGHT_NAMES_48 \
-    FUSEWRIGHT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define FUSEWRIGHT_NAMES_64 \
-    FUSEWRIGHT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FUSEWRIGHT_NAMES_80 \
-    FUSEWRIGHT_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define FUSEWRIGHT_NAMES_96 \
-    FUSEWRIGHT_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define FUSEWRIGHT_NAMES_112 \
-    FUSEWRIGHT_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
-    "%108, %109, %110, %111"
-#define FUSEWRIGHT_NAMES_128 \
-    FUSEWRIGHT_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
-    "%124, %125, %126, %127"
+#define FUSEWRIGHT_32(d, i) \
+    FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8), FUSEWRIGHT_8(d, i + 16), FUSEWRIGHT_8(d, i + 24)
+#define FUSEWRIGHT_NAMES_0_63                                                                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "     \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
+    "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
+    "%58, %59, %60, %61, %62, %63"
+#define FUSEWRIGHT_NAMES_64_127                                                                          \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "     \
+    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
+    "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "    \
+    "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
-// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
+// d (64 × 128 or 64 × 256, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns), asynchronously.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
-#define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_##SUMS  \
-                 "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
-                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
+template <class Element, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+#define FUSEWRIGHT_WGMMA(TYPE)                                                                              \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63    \
+                 "}, %64, %65, p, 1, 1, %67, %68;\n\t}"                                                     \
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)                                                \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-#define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
-    template <class Element, Major kMajorA, Major kMajorB>                                                  \
-    __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
-        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
-        else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
-    }
-FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
-FUSEWRIGHT_WGMMA(96, 48, 48, 49, 50, 51, 52)
-FUSEWRIGHT_WGMMA(128, 64, 64, 65, 66, 67, 68)
-FUSEWRIGHT_WGMMA(160, 80, 80, 81, 82, 83, 84)
-FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
-FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
-FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
-#undef FUSEWRIGHT_PRODUCT
+    if constexpr (kIsBfloat16<Element>)
+        FUSEWRIGHT_WGMMA("bf16");
+    else
+        FUSEWRIGHT_WGMMA("f16");
 #undef FUSEWRIGHT_WGMMA
+}
+
+template <class Element, Major kMajorA, Major kMajorB>
+__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+#define FUSEWRIGHT_WGMMA(TYPE)                                                                                     \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63           \
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, %128, %129, p, 1, 1, %131, %132;\n\t}"                           \
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)           \
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
+    if constexpr (kIsBfloat16<Element>)
+        FUSEWRIGHT_WGMMA("bf16");
+    else
+        FUSEWRIGHT_WGMMA("f16");
+#undef FUSEWRIGHT_WGMMA
+}
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_64
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
                  "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
-                 : FUSEWRIGHT_SUMS_64(d)
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_128
-                 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
-                 : FUSEWRIGHT_SUMS_128(d)
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
+                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8
-#undef FUSEWRIGHT_16
-#undef FUSEWRIGHT_SUMS_32
-#undef FUSEWRIGHT_NAMES_32
-#undef FUSEWRIGHT_SUMS_48
-#undef FUSEWRIGHT_NAMES_48
-#undef FUSEWRIGHT_SUMS_64
-#undef FUSEWRIGHT_NAMES_64
-#undef FUSEWRIGHT_SUMS_80
-#undef FUSEWRIGHT_NAMES_80
-#undef FUSEWRIGHT_SUMS_96
-#undef FUSEWRIGHT_NAMES_96
-#undef FUSEWRIGHT_SUMS_112
-#undef FUSEWRIGHT_NAMES_112
-#undef FUSEWRIGHT_SUMS_128
-#undef FUSEWRIGHT_NAMES_128
+#undef FUSEWRIGHT_32
+#undef FUSEWRIGHT_NAMES_0_63
+#undef FUSEWRIGHT_NAMES_64_127
 
 }  // namespace fusewright
 
@@ -717,8 +707,9 @@ template <int kBlocksM, int kSums> struct LostBits {
     const SplitOperand &a, &b;
     const int64_t M, N, K;
 
-    // All lanes call it and are told the same. m, n: the first row and column.
-    __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], int m, int n) const {
+    // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
+    // alone, where magnitudes may lie: they are read first.
+    __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
@@ -727,7 +718,7 @@ template <int kBlocksM, int kSums> struct LostBits {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f));
-        return seldom && lost_line(sums, m, n);
+        return seldom && lost_line(sums, slab, m, n);
     }
 
   private:
@@ -738,62 +729,49 @@ template <int kBlocksM, int kSums> struct LostBits {
         return largest > 0 && largest * largest < float(K) * least * least;
     }
 
-    // A loop that seldom runs is short: the sums go round, kRound at each turn.
-    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
-        constexpr int kRound = 16, kColumns = kRound / 2, kTileN = 2 * kSums;
+    // What seldom runs is short: 32 columns at a time, a lane for each, go through the slab, and the sums go round.
+    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         const int lane = threadIdx.x % 32;
-        float of_a = 0, rows[kBlocksM][2] = {};
+        float of_row[kBlocksM], rows[kBlocksM] = {}, of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            of_a = fmaxf(of_a, largest_magnitude(a, m + block * 64, m + block * 64 + 16, M));
+        for (int block = 0; block < kBlocksM; ++block) {
+            of_row[block] = magnitude(a, m + block * 64 + lane % 16, M);
+            of_a = fmaxf(of_a, of_row[block]);
+        }
+        of_a = largest_of_warp(of_a);
         bool lost = false;
 #pragma unroll 1
-        for (int column = n; column < n + kTileN; column += kRound * 2) {
-            float columns[kColumns] = {};
+        for (int first = n; first < n + 2 * kSums; first += 32) {
+            float largest = 0;
 #pragma unroll
             for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
-                for (int i = 0; i < kRound; ++i) {
-                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
-                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
-                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
+                spread(sums[block], slab, lane);
+#pragma unroll 1
+                for (int row = 0; row < 16; ++row) {
+                    const float sum = fmaxf(fabsf(slab[row * 32 + lane]), 0);  // NaN does not count
+                    largest = fmaxf(largest, sum);
+                    const float of_all = largest_of_warp(sum);
+                    if (lane == row) rows[block] = fmaxf(rows[block], of_all);
                 }
-                turn_round<kRound>(sums[block]);
+                turn_round<16>(sums[block]);
             }
-            const int mine = share_out(columns, lane);
-            const float of_b = magnitude(b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, N);
-            lost |= lossy(columns[0], of_a, of_b);
+            const float of_column = magnitude(b, first + lane, N);
+            of_b = fmaxf(of_b, of_column);
+            lost |= lossy(largest, of_a, of_column);
         }
-        const float of_b = largest_magnitude(b, n, n + kTileN, N);
+        of_b = largest_of_warp(of_b);
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& largest = rows[block][half];
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = m + block * 64 + half * 8 + lane / 4;
-                lost |= lossy(largest, magnitude(a, row, M), of_b);
-            }
+        for (int block = 0; block < kBlocksM; ++block) lost |= lossy(rows[block], of_row[block], of_b);
         return __any_sync(~0u, lost);
     }
 
-    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
-    // in largest[0]. Returns which.
-    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
-        int mine = 0;
+    // The first 32 columns of 16 rows, row by row.
+    __device__ __forceinline__ static void spread(const float (&sums)[kSums], float* slab, int lane) {
+        __syncwarp();
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            const int count = 16 / lanes;
-            const bool upper = lane & lanes;
-            mine += upper ? count : 0;
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
-                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
-            }
-        }
-        return mine;
+        for (int i = 0; i < 16; ++i)
+            slab[(i / 2 % 2 * 8 + lane / 4) * 32 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+        __syncwarp();
     }
 
     // Scaled. What is out of range by itself is computed again anyway.
@@ -801,14 +779,9 @@ template <int kBlocksM, int kSums> struct LostBits {
         return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
     }
 
-    // The largest of some rows or columns, for a warp together.
-    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
-                                                              int64_t count) {
-        float largest = 0;
-#pragma unroll 1
-        for (int i = first + threadIdx.x % 32; i < last; i += 32)
-            largest = fmaxf(largest, magnitude(operand, i, count));
-        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    // Of numbers that are not negative, whose bits have the same order.
+    __device__ __forceinline__ static float largest_of_warp(float x) {
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
     }
 };
 
@@ -835,8 +808,8 @@ namespace fusewright {
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
-//   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
-//   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
+//   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
+//   kPingPong      the consumers take turns, or else cooperate (turns: one product, 128 × 128 or 64 × 256)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks
 //   kMajorA, kMajorB
@@ -844,13 +817,14 @@ namespace fusewright {
 //   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
 //   kVector        consecutive columns that a thread passes to the epilogue: 4, or 8 (better where results are 16-bit)
 //   kScaled        operands carry powers of two, which are undone before the epilogue
+//   kWhole         M and N are multiples of the tile: there is no code for tiles that end beyond
 template <class Config> struct GemmSm90 {
     using Element = typename Config::Element;
     static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
     static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
     static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
-    static constexpr bool kPingPong = Config::kPingPong;
+    static constexpr bool kPingPong = Config::kPingPong, kWhole = Config::kWhole;
 
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kConsumerWarps = 4 * kConsumers;
     static constexpr int kSharing = kPingPong ? 1 : kConsumers, kTileWarps = 4 * kSharing;  // of one tile
@@ -859,19 +833,16 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
-    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
-    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
-    static constexpr int kPlanes = kThreeProducts ? 2 : 1;
-    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
+    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
+    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
-    static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
-    static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
+    static_assert(kPanelsB % kCluster == 0);
+    static_assert(kBlocksM * kSums <= 128, "more sums than registers");
+    static_assert(!kThreeProducts || (kBlocksM * kSums == 64 && !kPingPong), "three products fill the registers so");
 
     struct Operands {
         const TensorMap &a, &b;
@@ -1005,8 +976,8 @@ template <class Config> struct GemmSm90 {
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
-                const int panel = part + rank, column = n + panel * kPanelB;
-                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelB * 128;
+                const int panel = part + rank, column = n + panel * kPanel;
+                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
@@ -1038,7 +1009,10 @@ template <class Config> struct GemmSm90 {
                 compute(sums, ring, memory, first_block, k_tiles);
             const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost) note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, m, n));
+                if (operands.lost) {
+                    float* slab = memory.slab(threadIdx.x / 32 - 4);
+                    note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+                }
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -1172,26 +1146,26 @@ template <class Config> struct GemmSm90 {
     template <class Epilogue>
     __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        if (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
+        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N))
             turn<true>(sums, operands, memory, m, n, epilogue);
         else
             turn<false>(sums, operands, memory, m, n, epilogue);
     }
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
-    template <bool kWhole, class Epilogue>
+    template <bool kInside, class Epilogue>
     __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
                                                 int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll(kWhole ? kTileN / kSlabColumns : 1)
+#pragma unroll(kInside ? kTileN / kSlabColumns : 1)
             for (int column = 0; column < kTileN; column += kSlabColumns) {
                 __syncwarp();
-                write_slab(slab, &sums[block][kWhole ? column / 2 : 0], lane);
+                write_slab(slab, &sums[block][kInside ? column / 2 : 0], lane);
                 __syncwarp();
-#pragma unroll(kWhole ? 4 : 1)
+#pragma unroll(kInside ? 4 : 1)
                 for (int part = 0; part < 4; ++part) {
                     const int slab_row = part * 4 + lane / 8, slab_column = lane % 8 * kVector;
                     float values[kVector];
@@ -1201,9 +1175,10 @@ template <class Config> struct GemmSm90 {
                             *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column + i));
                     const int64_t y = m + block * 64 + slab_row, x = n + column + slab_column;
                     const int64_t left = y < operands.M ? operands.N - x : 0;
-                    epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
+                    const int count = kInside || left > kVector ? kVector : int(left);
+                    epilogue.template operator()<kVector>(y, x, count, values);
                 }
-                if constexpr (!kWhole) turn_round<kSlabColumns / 2>(sums[block]);
+                if constexpr (!kInside) turn_round<kSlabColumns / 2>(sums[block]);
             }
         }
     }
@@ -1280,7 +1255,7 @@ template <class T> __device__ __forceinline__ T bitwise_not(T x) { return T(~x);
 namespace fusewright {
 
 // One operand's way from global to shared memory, where tile[k][row] lies. "Row" means a row of A or a column of B.
-template <class Element, class Accumulator, int Tile, int TileK, int Threads, Major Layout, bool Vectorised>
+template <class Element, class Accumulator, int Tile, int TileK, int Threads, Major Layout, bool Vectorised, bool Whole>
 struct SimtOperand {
     // A thread moves kWidth consecutive elements at once; neighbouring lanes cover the rows of an MN-major tile, else
     // kSpan along k (32 bytes of float or double, a sector of memory). Rows of the shared tile are padded by 4, so that
@@ -1311,18 +1286,19 @@ struct SimtOperand {
                                            int64_t all_rows)
         : row_stride(Vectorised && Layout == Major::MN ? 1 : row_stride),
           k_stride(Vectorised && Layout == Major::K ? 1 : k_stride),
-          rows(all_rows - first_row < Tile ? int(all_rows - first_row) : Tile) {
+          rows(Whole || all_rows - first_row >= Tile ? Tile : int(all_rows - first_row)) {
         source = base + (first_row + row_of(threadIdx.x)) * this->row_stride + k_of(threadIdx.x) * this->k_stride;
     }
 
-    // Starts to load the next tile, of which `depth` k exist. What lies outside is not read, and counts as 0.
+    // Starts to load the next tile, of which `depth` k exist. What lies outside is not read, and counts as 0. Past the
+    // last of whole tiles nothing is loaded, and what was stays: nobody multiplies it.
     __device__ __forceinline__ void stage(int depth) {
 #pragma unroll
         for (int i = 0; i < kMoves; ++i) {
             const Element* p = source + row_of(i * Threads) * row_stride + k_of(i * Threads) * k_stride;
             if (rows == Tile && depth == TileK)
                 Access<kWidth, Element>::load(staged[i], p);
-            else
+            else if constexpr (!Whole)
                 load_vector(staged[i], p, count(i, depth));
         }
         source += TileK * k_stride;
@@ -1360,12 +1336,14 @@ private:
 
 // Vectorised: bases and strides are multiples of kAlignment bytes, but for the contiguous dimension, whose stride is 1.
 // TileK: a multiple of 8 that leaves each thread at least one move of A and of B.
+// Whole: M, N and K are multiples of the tile, and nothing is guarded. Unroll: steps along k that are straight code, an
+// even divisor of TileK: all are fastest, few compile soonest.
 // Epilogue: template <int V> void operator()(int64_t m, int64_t n, int count, const Accumulator (&sums)[V]) const
 // finishes columns n … n + count - 1 of row m. All lanes of a warp call it together, those past the end with count <= 0,
 // and in the order that store_bits asks for.
 // Grid: x = ceil(M / TileM) · ceil(N / TileN). Block: kThreads. Dynamic shared memory: kSharedBytes.
 template <class Element, class Accumulator, int TileM, int TileN, int TileK, Major MajorA, Major MajorB,
-          bool Vectorised, int MicroM = 16, int MicroN = 8>
+          bool Vectorised, int MicroM = 16, int MicroN = 8, bool Whole = false, int Unroll = TileK>
 struct GemmSimt {
     // A warp's lanes stand 4 x 8. Each handles kVector rows and columns that lie together, several times over.
     static constexpr int kVector = 16 / sizeof(Accumulator), kLanesM = 4, kLanesN = 8;
@@ -1380,9 +1358,10 @@ struct GemmSimt {
     static constexpr int kSumRegisters = MicroM * MicroN * sizeof(Accumulator) / 4;
     static constexpr int kBlocksPerMultiprocessor = (kSumRegisters <= 32 ? 512 : 256) / kThreads;
     static_assert(kSumRegisters <= 128 && kBlocksPerMultiprocessor > 0);
+    static_assert(TileK % Unroll == 0 && Unroll % 2 == 0);
 
-    using A = SimtOperand<Element, Accumulator, TileM, TileK, kThreads, MajorA, Vectorised>;
-    using B = SimtOperand<Element, Accumulator, TileN, TileK, kThreads, MajorB, Vectorised>;
+    using A = SimtOperand<Element, Accumulator, TileM, TileK, kThreads, MajorA, Vectorised, Whole>;
+    using B = SimtOperand<Element, Accumulator, TileN, TileK, kThreads, MajorB, Vectorised, Whole>;
 
     struct Tiles {
         typename A::SharedTile a;
@@ -1446,15 +1425,18 @@ struct GemmSimt {
             Accumulator sums[MicroM][MicroN] = {};
             do {
                 const Tiles& tiles = shared.buffers[tile++ % 2];
+#pragma unroll 1
+                for (int first = 0; first < TileK; first += Unroll)
 #pragma unroll
-                for (int k = 0; k < TileK; ++k) {
-                    if (k == TileK * 3 / 4) commit(tile);
-                    if (k + 1 < TileK)
-                        fragments[(k + 1) % 2].read(tiles, k + 1);
-                    else
-                        enter(tile);
-                    fragments[k % 2].multiply(sums);
-                }
+                    for (int step = 0; step < Unroll; ++step) {
+                        const int k = first + step;
+                        if (k == TileK * 3 / 4) commit(tile);
+                        if (k + 1 < TileK)
+                            fragments[(step + 1) % 2].read(tiles, k + 1);
+                        else
+                            enter(tile);
+                        fragments[step % 2].multiply(sums);
+                    }
             } while (tile < tile_count && tile % (kBlockK / TileK) != 0);
             add_block(shared, sums);
         }
@@ -1538,7 +1520,8 @@ private:
                 const int64_t n = first_n + columns(group), left = N - n;
                 Accumulator sums[kVector];
                 Access<kVector, Accumulator>::load(sums, shared.sums[i][group][threadIdx.x]);
-                epilogue.template operator()<kVector>(m, n, m < M ? int(left < kVector ? left : kVector) : 0, sums);
+                const int count = Whole || left > kVector ? kVector : int(left);
+                epilogue.template operator()<kVector>(m, n, Whole || m < M ? count : 0, sums);
             }
     }
 };
@@ -1635,34 +1618,32 @@ private:
 
 namespace fused_sample_f16x2_f16x2 {
 
-using Split0 = fusewright::SplitF16</*Planes*/2>;
-using Split1 = fusewright::SplitF16</*Planes*/2>;
-
 // Looks at a sample of each matrix, for its power of two.
 __global__ void __launch_bounds__(256)
 sample_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, int* __restrict__ samples) {
-    if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
-    if (blockIdx.y == 1) Split1::sample({x1, stride1, lines1, length1, halves1}, samples + blockIdx.y * gridDim.x);
+    fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
+    if (blockIdx.y == 1) matrix = {x1, stride1, lines1, length1, halves1, /*Planes*/2};
+    fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
 }
 
 }  // namespace fused_sample_f16x2_f16x2
 
 namespace fused_split_f16x2_f16x2 {
 
-using Split0 = fusewright::SplitF16</*Planes*/2>;
-using Split1 = fusewright::SplitF16</*Planes*/2>;
-
 // float32 → fp16 halves, and the largest magnitude of every line and column.
 __global__ void __launch_bounds__(256)
 split_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
-    int64_t block = blockIdx.x;
-    if (block < blocks0) return Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
-    block -= blocks0;
-    Split1::split({x1, stride1, lines1, length1, halves1}, samples + 1 * samples_each, int(samples_each), block, blocks1);
+    fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
+    int64_t block = blockIdx.x, blocks = blocks0;
+    if (block >= blocks) {
+        block -= blocks, blocks = blocks1, samples += samples_each;
+        matrix = {x1, stride1, lines1, length1, halves1, /*Planes*/2};
+    }
+    fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));
 }
 
 }  // namespace fused_split_f16x2_f16x2
@@ -1697,6 +1678,7 @@ struct Config {
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false;
+    static constexpr bool kWhole = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
 static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
@@ -1737,7 +1719,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K,
+    true, 16, 8, /*Whole*/false, /*Unroll*/2>;
 
 // addmm, mul, leaky_relu
 __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
@@ -1748,18 +1731,10 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
-    int64_t m;
-    int n;
-    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
-    #pragma unroll 4
+    if (!patch.anywhere()) return;
     for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        found |= patch.sees(m, n);
-    }
-    if (!__syncthreads_or(found)) return;
-    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        if (!__syncthreads_or(patch.sees(tile))) continue;
+        const int m = patch.m(tile), n = patch.n(tile);
         Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{bias, out});
     }
 }
@@ -1802,6 +1777,7 @@ struct Config {
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false;
+    static constexpr bool kWhole = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
 static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
@@ -1846,7 +1822,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K, true, 16, 8>;
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::K,
+    true, 16, 8, /*Whole*/false, /*Unroll*/2>;
 
 // addmm, mul, leaky_relu
 __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
@@ -1857,18 +1834,10 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
-    int64_t m;
-    int n;
-    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
-    #pragma unroll 4
+    if (!patch.anywhere()) return;
     for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        found |= patch.sees(m, n);
-    }
-    if (!__syncthreads_or(found)) return;
-    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        if (!__syncthreads_or(patch.sees(tile))) continue;
+        const int m = patch.m(tile), n = patch.n(tile);
         Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n,
             Epilogue{bias, out, mask});
     }
@@ -1925,27 +1894,25 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
 
 namespace backward_sample_f16x2 {
 
-using Split0 = fusewright::SplitF16</*Planes*/2>;
-
 // Looks at a sample of each matrix, for its power of two.
 __global__ void __launch_bounds__(256)
 sample_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     int* __restrict__ samples) {
-    if (blockIdx.y == 0) Split0::sample({x0, stride0, lines0, length0, halves0}, samples + blockIdx.y * gridDim.x);
+    fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
+    fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
 }
 
 }  // namespace backward_sample_f16x2
 
 namespace backward_split_f16x2 {
 
-using Split0 = fusewright::SplitF16</*Planes*/2>;
-
 // float32 → fp16 halves, and the largest magnitude of every line and column.
 __global__ void __launch_bounds__(256)
 split_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
-    int64_t block = blockIdx.x;
-    Split0::split({x0, stride0, lines0, length0, halves0}, samples + 0 * samples_each, int(samples_each), block, blocks0);
+    fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
+    int64_t block = blockIdx.x, blocks = blocks0;
+    fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));
 }
 
 }  // namespace backward_split_f16x2
@@ -1972,6 +1939,7 @@ struct Config {
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MN, kMajorB = fusewright::Major::MN;
     static constexpr bool kScaled = true, kPingPong = false;
+    static constexpr bool kWhole = true;
 };
 using Gemm = fusewright::GemmSm90<Config>;
 static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
@@ -2003,7 +1971,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::MN, fusewright::Major::MN, true, 16, 8>;
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::MN, fusewright::Major::MN,
+    true, 16, 8, /*Whole*/false, /*Unroll*/2>;
 
 // mm
 __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
@@ -2013,19 +1982,11 @@ fused_mm_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_st
     float* __restrict__ out) {
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
-        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
-    int64_t m;
-    int n;
-    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
-    #pragma unroll 4
+        fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N, K < 128};
+    if (!patch.anywhere()) return;
     for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        found |= (patch.sees(m, n) || K < 128);
-    }
-    if (!__syncthreads_or(found)) return;
-    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        if (!__syncthreads_or((patch.sees(m, n) || K < 128))) continue;
+        if (!__syncthreads_or(patch.sees(tile))) continue;
+        const int m = patch.m(tile), n = patch.n(tile);
         Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{out});
     }
 }
@@ -2054,6 +2015,7 @@ struct Config {
     static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::MN;
     static constexpr bool kScaled = true, kPingPong = false;
+    static constexpr bool kWhole = false;
 };
 using Gemm = fusewright::GemmSm90<Config>;
 static_assert(Gemm::kThreads == 384 && Gemm::kSharedBytes == 214080);
@@ -2085,7 +2047,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::MN, true, 16, 8>;
+using Gemm = fusewright::GemmSimt<float, float, 128, 128, 8, fusewright::Major::K, fusewright::Major::MN,
+    true, 16, 8, /*Whole*/false, /*Unroll*/2>;
 
 // mm
 __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
@@ -2096,18 +2059,10 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
-    int64_t m;
-    int n;
-    bool found = false;  // nearly always nothing is wrong in any of a block's tiles
-    #pragma unroll 4
+    if (!patch.anywhere()) return;
     for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        found |= patch.sees(m, n);
-    }
-    if (!__syncthreads_or(found)) return;
-    for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {
-        Gemm::locate(tile, M, N, m, n);
-        if (!__syncthreads_or(patch.sees(m, n))) continue;
+        if (!__syncthreads_or(patch.sees(tile))) continue;
+        const int m = patch.m(tile), n = patch.n(tile);
         Gemm::run_tile(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, m, n, Epilogue{out2});
     }
 }
@@ -2521,7 +2476,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2529,7 +2484,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2550,7 +2505,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2559,7 +2514,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2573,7 +2528,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2585,13 +2540,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_160860ba2993::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_160860ba2993, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2599,7 +2554,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_160860ba2993, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2607,7 +2562,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2615,7 +2570,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_160860ba2993, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2629,7 +2584,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_160860ba2993",
+        name="fusewright_gemm_multiply_leakyrelu_d2b3cc434d88",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2659,9 +2614,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2673,7 +2628,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_160860ba2993.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

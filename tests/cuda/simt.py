@@ -54,6 +54,8 @@ class Gemm:
     vectorised: bool = True
     micro_m: int = 16
     micro_n: int = 8
+    whole: bool = False
+    unroll: int = 8
 
     @property
     def accumulator(self) -> str:
@@ -89,7 +91,8 @@ using Accumulator = {self.accumulator};
 {EPILOGUE}
 using fusewright::Major;
 using Gemm = fusewright::GemmSimt<Element, Accumulator, {self.tile_m}, {self.tile_n}, {self.tile_k}, \
-Major::{self.major_a}, Major::{self.major_b}, {str(self.vectorised).lower()}, {self.micro_m}, {self.micro_n}>;
+Major::{self.major_a}, Major::{self.major_b}, {str(self.vectorised).lower()}, {self.micro_m}, {self.micro_n}, \
+{str(self.whole).lower()}, {self.unroll}>;
 static_assert(Gemm::kThreads == {self.threads} && Gemm::kSharedBytes == {self.shared_bytes});
 
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)

@@ -46,15 +46,15 @@ struct Epilogue {
 
 SPLIT = """
 #include "split_f16.cuh"
-using Split = fusewright::SplitF16<{planes}>;
+using Split = fusewright::SplitF16;
 extern "C" __global__ void __launch_bounds__(Split::kThreads)
 sample(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length, int* halves, int* samples) {{
-    Split::sample({{x, stride, lines, length, halves}}, samples);
+    Split::sample({{x, stride, lines, length, halves, {planes}}}, samples);
 }}
 extern "C" __global__ void __launch_bounds__(Split::kThreads)
 split(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length, int* halves,
       const int* __restrict__ samples, int64_t count) {{
-    Split::split({{x, stride, lines, length, halves}}, samples, int(count), blockIdx.x, gridDim.x);
+    Split::split({{x, stride, lines, length, halves, {planes}}}, samples, int(count), blockIdx.x, gridDim.x);
 }}
 """
 
@@ -74,11 +74,10 @@ patch(const float* __restrict__ a, int64_t a_row_stride, const float* __restrict
     const auto x = fusewright::SplitOperand::of(a_halves, {{2, M, K}}, true);
     const auto y = fusewright::SplitOperand::of(b_halves, {{2, N, K}}, true);
     const fusewright::SplitPatch<128, 128, Simt::kThreads, 128, 128> found{{x, y, lost, M, N}};
-    int64_t m;
-    int n;
-    Simt::locate(blockIdx.x, M, N, m, n);
-    if (__syncthreads_or(found.sees(m, n)))
-        Simt::run(a, a_row_stride, 1, b, 1, b_column_stride, M, N, K, Epilogue{{bias, out, N, factor, slope}});
+    const int m = found.m(blockIdx.x), n = found.n(blockIdx.x);
+    if (__syncthreads_or(found.sees(blockIdx.x)))
+        Simt::run_tile(a, a_row_stride, 1, b, 1, b_column_stride, M, N, K, m, n,
+                       Epilogue{{bias, out, N, factor, slope}});
 }}
 """
 # Source, threads, shared bytes of the float32 kernel that recomputes tiles with values out of range.
@@ -107,6 +106,7 @@ class GemmConfig:
     registers: bool = False
     out: str = "float"
     aligned: bool = True  # the result's rows are
+    whole: bool = False
     spin_limit: int = 0
 
     @property
@@ -126,7 +126,8 @@ class GemmConfig:
     def source(self) -> str:
         """Returns the translation unit; its kernel is named `gemm`."""
         debug = f"#define FUSEWRIGHT_SPIN_LIMIT {self.spin_limit}\n" if self.spin_limit else ""
-        return f"""{debug}#include "gemm_sm90{"_registers" if self.registers else ""}.cuh"
+        types = "".join(text for name, text in simt.INCLUDES.items() if name in (self.element, self.out))
+        return f"""{debug}{types}#include "gemm_sm90{"_registers" if self.registers else ""}.cuh"
 using Out = {self.out};
 constexpr bool kAligned = {str(self.aligned).lower()};
 {EPILOGUE}
@@ -138,6 +139,7 @@ struct Config {{
     static constexpr fusewright::Major kMajorA = fusewright::Major::{self.major_a};
     static constexpr fusewright::Major kMajorB = fusewright::Major::{self.major_b};
     static constexpr bool kScaled = {str(self.scaled).lower()}, kPingPong = {str(self.ping_pong).lower()};
+    static constexpr bool kWhole = {str(self.whole).lower()};
 }};
 using Gemm = fusewright::GemmSm90{"Registers" if self.registers else ""}<Config>;
 static_assert(Gemm::kSharedBytes == {self.shared_bytes});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,13 +25,16 @@ OTHERS = [
     Gemm("double", 64, 64, vectorised=False, micro_m=4, micro_n=4),
     Gemm("__half"),
     Gemm("__nv_bfloat16", major_a="MN", major_b="MN"),
+    Gemm(unroll=2),
 ]
 ALL = LARGE + MEDIUM + SMALL + OTHERS
-KERNELS = Kernels(gemm.launch() for gemm in ALL)
+# Without guards, of sizes that are multiples of the tile alone.
+WHOLE = [replace(gemm, whole=True) for gemm in (*MEDIUM, TINY, OTHERS[-1])]
+KERNELS = Kernels(gemm.launch() for gemm in ALL + WHOLE)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("gemm", ALL, ids=str)
+@pytest.mark.parametrize("gemm", ALL + WHOLE, ids=str)
 def test_fits_in_registers(gemm: Gemm, arch: str) -> None:
     resources = compile_cubin(gemm.source(), arch).resources["kernel"]
     assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
@@ -89,6 +93,14 @@ SIMULATED = [
 @pytest.mark.parametrize(("device", "gemm", "shape"), each_device(SIMULATED, itertools.product(ALL, SHAPES)))
 def test_product(gemm: Gemm, shape: tuple[int, int, int], device: str) -> None:
     assert error_of(gemm, shape, device) < (4e-16 if gemm.element == "double" else 2e-7) * 5
+
+
+@pytest.mark.parametrize("gemm", WHOLE, ids=str)
+def test_whole_tiles_need_no_guards(gemm: Gemm, device: str) -> None:
+    for k in (0, gemm.tile_k, 9 * gemm.tile_k):
+        shape = gemm.tile_m, 2 * gemm.tile_n, k
+        unguarded, guarded = (product(g, shape, device)[2:] for g in (gemm, replace(gemm, whole=False)))
+        assert all(itertools.starmap(same_bits, zip(unguarded, guarded, strict=True)))
 
 
 @pytest.mark.parametrize("gemm", ALL, ids=str)

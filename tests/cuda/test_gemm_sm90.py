@@ -231,6 +231,16 @@ def test_rows_of_any_length(kind: str, shape: tuple[int, int, int], device: str)
     assert relative(result, a.values.double() @ b.values.double().T) < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize("kind", ["f16x3", "registers", "bf16 ping-pong"])
+def test_whole_tiles_need_no_bounds(kind: str, device: str) -> None:
+    bounded = replace(KINDS[kind], stages=2)
+    (m, n), k = (2 * size for size in bounded.tile), 72
+    a, b = Operand(bounded, m, k, "K", device), Operand(bounded, n, k, "K", device)
+    bias = bias_of(m if bounded.registers else n, device)
+    results = [multiply(config, a, b, bias, 2.0, 0.1) for config in (bounded, replace(bounded, whole=True))]
+    assert same_bits(*results)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SIMULATED, ids=str)
 def test_simulator_gives_the_bits_of_the_gpu(case: tuple[str, tuple[str, str], int]) -> None:

@@ -64,7 +64,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::K, fusewright::Major::MN, true, 4, 4>;
+using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::K, fusewright::Major::MN,
+    true, 4, 4, /*Whole*/false, /*Unroll*/16>;
 
 // mm
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)
@@ -94,7 +95,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::MN, fusewright::Major::MN, true, 4, 4>;
+using Gemm = fusewright::GemmSimt<float, float, 32, 32, 16, fusewright::Major::MN, fusewright::Major::MN,
+    true, 4, 4, /*Whole*/false, /*Unroll*/16>;
 
 // mm
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)

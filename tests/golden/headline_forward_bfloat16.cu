@@ -31,7 +31,8 @@ struct Epilogue {
     }
 };
 
-using Gemm = fusewright::GemmSimt<__nv_bfloat16, float, 32, 32, 16, fusewright::Major::K, fusewright::Major::K, true, 4, 4>;
+using Gemm = fusewright::GemmSimt<__nv_bfloat16, float, 32, 32, 16, fusewright::Major::K, fusewright::Major::K,
+    true, 4, 4, /*Whole*/false, /*Unroll*/16>;
 
 // addmm, mul, leaky_relu
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)

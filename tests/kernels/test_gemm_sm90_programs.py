@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 
@@ -114,6 +116,26 @@ def test_float32_products_read_halves_and_are_patched(tf32: bool, majors: str) -
     assert f"kProducts = {1 if tf32 else 3}" in source and "kScaled = true" in source
     for launch in program.launches:
         check_compiles(launch)
+
+
+def test_sizes_known_to_be_whole_tiles_have_no_code_for_others() -> None:
+    def whole(m: int, n: int, k: int) -> tuple[bool, bool]:
+        launch, patch = best(product(torch.float32, m=m, n=n, k=k)).launches
+        assert ("Whole*/true" in patch.source) != ("Whole*/false" in patch.source)
+        return "kWhole = true" in launch.source, "Whole*/true" in patch.source
+
+    assert whole(256, 384, 136) == (True, True)
+    assert whole(256, 384, 133) == (True, False)  # bulk copies fill up K
+    assert whole(256, 388, 136) == whole(250, 384, 136) == (False, False)
+
+
+def test_rows_of_any_number_are_bounded() -> None:
+    rows = sympy.Symbol("s0", integer=True, positive=True)
+    region = product(torch.float32, m=256, n=384, k=136)
+    assert region.gemm
+    gemm = replace(region.gemm, a=replace(region.gemm.a, shape=(rows, 136)))
+    launch, patch = best(replace(region, gemm=gemm)).launches
+    assert "kWhole = false" in launch.source and "Whole*/false" in patch.source
 
 
 @pytest.mark.parametrize(("majors", "tile"), [("KK", 0), ("KM", 0), ("MM", 0), ("KK", 1)])

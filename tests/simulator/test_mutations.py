@@ -158,18 +158,18 @@ SPLIT = '#include "split_f16.cuh"\nextern "C" __global__ void '
 MATRIX = "const float* x, int64_t lines, int64_t length, int* halves"
 SAMPLE = (
     f"{SPLIT}sample({MATRIX}, int* largest) {{"
-    "fusewright::SplitF16<2>::sample({x, length, lines, length, halves}, largest); }"
+    "fusewright::SplitF16::sample({x, length, lines, length, halves, 2}, largest); }"
 )
 HALVES = (
     f"{SPLIT}halves({MATRIX}, const int* seen, int64_t count) {{"
-    "fusewright::SplitF16<2>::split({x, length, lines, length, halves}, seen, int(count), blockIdx.x, gridDim.x); }"
+    "fusewright::SplitF16::split({x, length, lines, length, halves, 2}, seen, int(count), blockIdx.x, gridDim.x); }"
 )
 OUT_OF_RANGE = (
     SPLIT
     + """out_of_range(const int* halves, const uint8_t* lost, int* out, int64_t n) {
     const auto x = fusewright::SplitOperand::of(halves, {2, n, 8}, true);
-    const fusewright::SplitPatch<256, 64, 64, 256, 256> patch{x, x, lost, n, 0};
-    out[threadIdx.x] = __syncthreads_or(patch.sees(0, 0)); }"""
+    const fusewright::SplitPatch<256, 64, 64, 256, 256> patch{x, {x.exponent, nullptr}, lost, n, 1};
+    out[threadIdx.x] = __syncthreads_or(patch.sees(0)); }"""
 )
 
 
@@ -216,7 +216,7 @@ template <int kProducts_, int kCluster_, bool kPingPong_> struct Config {
     static constexpr int kProducts = kProducts_, kTileM = 128, kTileN = 128, kStages = 2, kCluster = kCluster_;
     static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = false, kPingPong = kPingPong_;
+    static constexpr bool kScaled = false, kPingPong = kPingPong_, kWhole = false;
 };
 struct Epilogue {
     float* out;
@@ -269,7 +269,7 @@ struct Config {
     static constexpr int kProducts = 1, kTileM = 128, kTileN = 128, kStages = 2, kCluster = 1;
     static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MAJOR, kMajorB = fusewright::Major::K;
-    static constexpr bool kScaled = true, kPingPong = false;
+    static constexpr bool kScaled = true, kPingPong = false, kWhole = false;
 };
 struct Epilogue {
     float* out;
@@ -323,6 +323,7 @@ RUNS: Mapping[str, Callable[[Simulator], None]] = {
     "split_f16.cuh": split_f16,
     "gemm_sm90.cuh": gemm_sm90,
     "gemm_sm90_registers.cuh": gemm_sm90_registers,
+    "lost_bits.cuh": gemm_sm90_registers,
 }
 
 

@@ -14,7 +14,7 @@
 namespace fusewright {
 
 // One operand's way from global to shared memory, where tile[k][row] lies. "Row" means a row of A or a column of B.
-template <class Element, class Accumulator, int Tile, int TileK, int Threads, Major Layout, bool Vectorised>
+template <class Element, class Accumulator, int Tile, int TileK, int Threads, Major Layout, bool Vectorised, bool Whole>
 struct SimtOperand {
     // A thread moves kWidth consecutive elements at once; neighbouring lanes cover the rows of an MN-major tile, else
     // kSpan along k (32 bytes of float or double, a sector of memory). Rows of the shared tile are padded by 4, so that
@@ -45,18 +45,19 @@ struct SimtOperand {
                                            int64_t all_rows)
         : row_stride(Vectorised && Layout == Major::MN ? 1 : row_stride),
           k_stride(Vectorised && Layout == Major::K ? 1 : k_stride),
-          rows(all_rows - first_row < Tile ? int(all_rows - first_row) : Tile) {
+          rows(Whole || all_rows - first_row >= Tile ? Tile : int(all_rows - first_row)) {
         source = base + (first_row + row_of(threadIdx.x)) * this->row_stride + k_of(threadIdx.x) * this->k_stride;
     }
 
-    // Starts to load the next tile, of which `depth` k exist. What lies outside is not read, and counts as 0.
+    // Starts to load the next tile, of which `depth` k exist. What lies outside is not read, and counts as 0. Past the
+    // last of whole tiles nothing is loaded, and what was stays: nobody multiplies it.
     __device__ __forceinline__ void stage(int depth) {
 #pragma unroll
         for (int i = 0; i < kMoves; ++i) {
             const Element* p = source + row_of(i * Threads) * row_stride + k_of(i * Threads) * k_stride;
             if (rows == Tile && depth == TileK)
                 Access<kWidth, Element>::load(staged[i], p);
-            else
+            else if constexpr (!Whole)
                 load_vector(staged[i], p, count(i, depth));
         }
         source += TileK * k_stride;
@@ -94,12 +95,14 @@ private:
 
 // Vectorised: bases and strides are multiples of kAlignment bytes, but for the contiguous dimension, whose stride is 1.
 // TileK: a multiple of 8 that leaves each thread at least one move of A and of B.
+// Whole: M, N and K are multiples of the tile, and nothing is guarded. Unroll: steps along k that are straight code, an
+// even divisor of TileK: all are fastest, few compile soonest.
 // Epilogue: template <int V> void operator()(int64_t m, int64_t n, int count, const Accumulator (&sums)[V]) const
 // finishes columns n … n + count - 1 of row m. All lanes of a warp call it together, those past the end with count <= 0,
 // and in the order that store_bits asks for.
 // Grid: x = ceil(M / TileM) · ceil(N / TileN). Block: kThreads. Dynamic shared memory: kSharedBytes.
 template <class Element, class Accumulator, int TileM, int TileN, int TileK, Major MajorA, Major MajorB,
-          bool Vectorised, int MicroM = 16, int MicroN = 8>
+          bool Vectorised, int MicroM = 16, int MicroN = 8, bool Whole = false, int Unroll = TileK>
 struct GemmSimt {
     // A warp's lanes stand 4 x 8. Each handles kVector rows and columns that lie together, several times over.
     static constexpr int kVector = 16 / sizeof(Accumulator), kLanesM = 4, kLanesN = 8;
@@ -114,9 +117,10 @@ struct GemmSimt {
     static constexpr int kSumRegisters = MicroM * MicroN * sizeof(Accumulator) / 4;
     static constexpr int kBlocksPerMultiprocessor = (kSumRegisters <= 32 ? 512 : 256) / kThreads;
     static_assert(kSumRegisters <= 128 && kBlocksPerMultiprocessor > 0);
+    static_assert(TileK % Unroll == 0 && Unroll % 2 == 0);
 
-    using A = SimtOperand<Element, Accumulator, TileM, TileK, kThreads, MajorA, Vectorised>;
-    using B = SimtOperand<Element, Accumulator, TileN, TileK, kThreads, MajorB, Vectorised>;
+    using A = SimtOperand<Element, Accumulator, TileM, TileK, kThreads, MajorA, Vectorised, Whole>;
+    using B = SimtOperand<Element, Accumulator, TileN, TileK, kThreads, MajorB, Vectorised, Whole>;
 
     struct Tiles {
         typename A::SharedTile a;
@@ -180,15 +184,18 @@ struct GemmSimt {
             Accumulator sums[MicroM][MicroN] = {};
             do {
                 const Tiles& tiles = shared.buffers[tile++ % 2];
+#pragma unroll 1
+                for (int first = 0; first < TileK; first += Unroll)
 #pragma unroll
-                for (int k = 0; k < TileK; ++k) {
-                    if (k == TileK * 3 / 4) commit(tile);
-                    if (k + 1 < TileK)
-                        fragments[(k + 1) % 2].read(tiles, k + 1);
-                    else
-                        enter(tile);
-                    fragments[k % 2].multiply(sums);
-                }
+                    for (int step = 0; step < Unroll; ++step) {
+                        const int k = first + step;
+                        if (k == TileK * 3 / 4) commit(tile);
+                        if (k + 1 < TileK)
+                            fragments[(step + 1) % 2].read(tiles, k + 1);
+                        else
+                            enter(tile);
+                        fragments[step % 2].multiply(sums);
+                    }
             } while (tile < tile_count && tile % (kBlockK / TileK) != 0);
             add_block(shared, sums);
         }
@@ -272,7 +279,8 @@ private:
                 const int64_t n = first_n + columns(group), left = N - n;
                 Accumulator sums[kVector];
                 Access<kVector, Accumulator>::load(sums, shared.sums[i][group][threadIdx.x]);
-                epilogue.template operator()<kVector>(m, n, m < M ? int(left < kVector ? left : kVector) : 0, sums);
+                const int count = Whole || left > kVector ? kVector : int(left);
+                epilogue.template operator()<kVector>(m, n, Whole || m < M ? count : 0, sums);
             }
     }
 };

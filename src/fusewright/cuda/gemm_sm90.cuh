@@ -33,13 +33,14 @@ namespace fusewright {
 //   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
 //   kVector        consecutive columns that a thread passes to the epilogue: 4, or 8 (better where results are 16-bit)
 //   kScaled        operands carry powers of two, which are undone before the epilogue
+//   kWhole         M and N are multiples of the tile: there is no code for tiles that end beyond
 template <class Config> struct GemmSm90 {
     using Element = typename Config::Element;
     static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
     static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
     static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
-    static constexpr bool kPingPong = Config::kPingPong;
+    static constexpr bool kPingPong = Config::kPingPong, kWhole = Config::kWhole;
 
     static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers), kConsumerWarps = 4 * kConsumers;
     static constexpr int kSharing = kPingPong ? 1 : kConsumers, kTileWarps = 4 * kSharing;  // of one tile
@@ -229,7 +230,10 @@ template <class Config> struct GemmSm90 {
                 compute(sums, ring, memory, first_block, k_tiles);
             const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
             if constexpr (kScaled) {
-                if (operands.lost) note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, m, n));
+                if (operands.lost) {
+                    float* slab = memory.slab(threadIdx.x / 32 - 4);
+                    note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+                }
                 undo_scale(sums, operands);
             }
             finish(sums, operands, memory, m, n, epilogue);
@@ -363,26 +367,26 @@ template <class Config> struct GemmSm90 {
     template <class Epilogue>
     __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        if (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N)
+        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N))
             turn<true>(sums, operands, memory, m, n, epilogue);
         else
             turn<false>(sums, operands, memory, m, n, epilogue);
     }
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
-    template <bool kWhole, class Epilogue>
+    template <bool kInside, class Epilogue>
     __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
                                                 int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll(kWhole ? kTileN / kSlabColumns : 1)
+#pragma unroll(kInside ? kTileN / kSlabColumns : 1)
             for (int column = 0; column < kTileN; column += kSlabColumns) {
                 __syncwarp();
-                write_slab(slab, &sums[block][kWhole ? column / 2 : 0], lane);
+                write_slab(slab, &sums[block][kInside ? column / 2 : 0], lane);
                 __syncwarp();
-#pragma unroll(kWhole ? 4 : 1)
+#pragma unroll(kInside ? 4 : 1)
                 for (int part = 0; part < 4; ++part) {
                     const int slab_row = part * 4 + lane / 8, slab_column = lane % 8 * kVector;
                     float values[kVector];
@@ -392,9 +396,10 @@ template <class Config> struct GemmSm90 {
                             *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column + i));
                     const int64_t y = m + block * 64 + slab_row, x = n + column + slab_column;
                     const int64_t left = y < operands.M ? operands.N - x : 0;
-                    epilogue.template operator()<kVector>(y, x, kWhole || left > kVector ? kVector : int(left), values);
+                    const int count = kInside || left > kVector ? kVector : int(left);
+                    epilogue.template operator()<kVector>(y, x, count, values);
                 }
-                if constexpr (!kWhole) turn_round<kSlabColumns / 2>(sums[block]);
+                if constexpr (!kInside) turn_round<kSlabColumns / 2>(sums[block]);
             }
         }
     }

@@ -61,7 +61,7 @@ template <class Config> struct GemmSm90Registers {
                 Gemm::note_lost(operands, tile(tiles, operands), lost);
             }
             Gemm::undo_scale(sums, operands);
-            if (m + 16 <= operands.M && n + kTileN <= operands.N)
+            if (Gemm::kWhole || (m + 16 <= operands.M && n + kTileN <= operands.N))
                 turn<true>(sums[0], operands, slab, m, n, epilogue);
             else
                 turn<false>(sums[0], operands, slab, m, n, epilogue);
@@ -193,24 +193,24 @@ template <class Config> struct GemmSm90Registers {
         __syncwarp();
         Operands known = operands;
         known.split_a.magnitudes = reinterpret_cast<const int*>(slab) - m;
-        return Gemm::lost_bits(known).found(sums, m, n);
+        return Gemm::lost_bits(known).found(sums, slab, m, n);
     }
 
     // The epilogue's rows are columns here: a warp passes 8 of them at a time, 16 consecutive features each.
-    template <bool kWhole, class Epilogue>
+    template <bool kInside, class Epilogue>
     __device__ __forceinline__ static void turn(float (&sums)[kSums], const Operands& operands, float* slab, int m,
                                                 int n, const Epilogue& epilogue) {
         constexpr int kColumns = 32;
         const int lane = threadIdx.x % 32;
-#pragma unroll(kWhole ? kTileN / kColumns : 1)
+#pragma unroll(kInside ? kTileN / kColumns : 1)
         for (int column = 0; column < kTileN; column += kColumns) {
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < kColumns / 2; ++i)
                 slab[slab_index(i / 4 * 8 + lane % 4 * 2 + i % 2, i / 2 % 2 * 8 + lane / 4)] =
-                    sums[(kWhole ? column / 2 : 0) + i];
+                    sums[(kInside ? column / 2 : 0) + i];
             __syncwarp();
-#pragma unroll(kWhole ? 4 : 1)
+#pragma unroll(kInside ? 4 : 1)
             for (int part = 0; part < 4; ++part) {
                 const int slab_row = part * 8 + lane / 4, slab_column = lane % 4 * 4;
                 alignas(16) float values[4];
@@ -218,9 +218,9 @@ template <class Config> struct GemmSm90Registers {
                     *reinterpret_cast<const float4*>(slab + slab_index(slab_row, slab_column));
                 const int64_t y = n + column + slab_row, x = m + slab_column;
                 const int64_t left = y < operands.N ? operands.M - x : 0;
-                epilogue.template operator()<4>(y, x, kWhole || left > 4 ? 4 : int(left), values);
+                epilogue.template operator()<4>(y, x, kInside || left > 4 ? 4 : int(left), values);
             }
-            if constexpr (!kWhole) turn_round<kColumns / 2>(sums);
+            if constexpr (!kInside) turn_round<kColumns / 2>(sums);
         }
     }
 

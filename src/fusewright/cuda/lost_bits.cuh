@@ -15,8 +15,9 @@ template <int kBlocksM, int kSums> struct LostBits {
     const SplitOperand &a, &b;
     const int64_t M, N, K;
 
-    // All lanes call it and are told the same. m, n: the first row and column.
-    __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], int m, int n) const {
+    // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
+    // alone, where magnitudes may lie: they are read first.
+    __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
@@ -25,7 +26,7 @@ template <int kBlocksM, int kSums> struct LostBits {
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
         // The largest that operands can be: where even for those all is well, no magnitude is read.
         const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f));
-        return seldom && lost_line(sums, m, n);
+        return seldom && lost_line(sums, slab, m, n);
     }
 
   private:
@@ -36,62 +37,49 @@ template <int kBlocksM, int kSums> struct LostBits {
         return largest > 0 && largest * largest < float(K) * least * least;
     }
 
-    // A loop that seldom runs is short: the sums go round, kRound at each turn.
-    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
-        constexpr int kRound = 16, kColumns = kRound / 2, kTileN = 2 * kSums;
+    // What seldom runs is short: 32 columns at a time, a lane for each, go through the slab, and the sums go round.
+    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         const int lane = threadIdx.x % 32;
-        float of_a = 0, rows[kBlocksM][2] = {};
+        float of_row[kBlocksM], rows[kBlocksM] = {}, of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            of_a = fmaxf(of_a, largest_magnitude(a, m + block * 64, m + block * 64 + 16, M));
+        for (int block = 0; block < kBlocksM; ++block) {
+            of_row[block] = magnitude(a, m + block * 64 + lane % 16, M);
+            of_a = fmaxf(of_a, of_row[block]);
+        }
+        of_a = largest_of_warp(of_a);
         bool lost = false;
 #pragma unroll 1
-        for (int column = n; column < n + kTileN; column += kRound * 2) {
-            float columns[kColumns] = {};
+        for (int first = n; first < n + 2 * kSums; first += 32) {
+            float largest = 0;
 #pragma unroll
             for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll
-                for (int i = 0; i < kRound; ++i) {
-                    float &of_row = rows[block][i / 2 % 2], &of_column = columns[i / 4 * 2 + i % 2];
-                    of_row = fmaxf(of_row, fabsf(sums[block][i]));
-                    of_column = fmaxf(of_column, fabsf(sums[block][i]));
+                spread(sums[block], slab, lane);
+#pragma unroll 1
+                for (int row = 0; row < 16; ++row) {
+                    const float sum = fmaxf(fabsf(slab[row * 32 + lane]), 0);  // NaN does not count
+                    largest = fmaxf(largest, sum);
+                    const float of_all = largest_of_warp(sum);
+                    if (lane == row) rows[block] = fmaxf(rows[block], of_all);
                 }
-                turn_round<kRound>(sums[block]);
+                turn_round<16>(sums[block]);
             }
-            const int mine = share_out(columns, lane);
-            const float of_b = magnitude(b, column + mine / 2 * 8 + lane % 4 * 2 + mine % 2, N);
-            lost |= lossy(columns[0], of_a, of_b);
+            const float of_column = magnitude(b, first + lane, N);
+            of_b = fmaxf(of_b, of_column);
+            lost |= lossy(largest, of_a, of_column);
         }
-        const float of_b = largest_magnitude(b, n, n + kTileN, N);
+        of_b = largest_of_warp(of_b);
 #pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float& largest = rows[block][half];
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int row = m + block * 64 + half * 8 + lane / 4;
-                lost |= lossy(largest, magnitude(a, row, M), of_b);
-            }
+        for (int block = 0; block < kBlocksM; ++block) lost |= lossy(rows[block], of_row[block], of_b);
         return __any_sync(~0u, lost);
     }
 
-    // Lanes of the same columns and other rows share the columns out, half at each step: each finds the largest of one,
-    // in largest[0]. Returns which.
-    __device__ __forceinline__ static int share_out(float (&largest)[8], int lane) {
-        int mine = 0;
+    // The first 32 columns of 16 rows, row by row.
+    __device__ __forceinline__ static void spread(const float (&sums)[kSums], float* slab, int lane) {
+        __syncwarp();
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            const int count = 16 / lanes;
-            const bool upper = lane & lanes;
-            mine += upper ? count : 0;
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                const float kept = upper ? largest[count + i] : largest[i], given = upper ? largest[i] : largest[count + i];
-                largest[i] = fmaxf(kept, __shfl_xor_sync(~0u, given, lanes));
-            }
-        }
-        return mine;
+        for (int i = 0; i < 16; ++i)
+            slab[(i / 2 % 2 * 8 + lane / 4) * 32 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+        __syncwarp();
     }
 
     // Scaled. What is out of range by itself is computed again anyway.
@@ -99,14 +87,9 @@ template <int kBlocksM, int kSums> struct LostBits {
         return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
     }
 
-    // The largest of some rows or columns, for a warp together.
-    __device__ __forceinline__ static float largest_magnitude(const SplitOperand& operand, int first, int last,
-                                                              int64_t count) {
-        float largest = 0;
-#pragma unroll 1
-        for (int i = first + threadIdx.x % 32; i < last; i += 32)
-            largest = fmaxf(largest, magnitude(operand, i, count));
-        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    // Of numbers that are not negative, whose bits have the same order.
+    __device__ __forceinline__ static float largest_of_warp(float x) {
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
     }
 };
 

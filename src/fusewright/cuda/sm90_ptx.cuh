@@ -2,10 +2,10 @@
 // this file. Pointers to shared memory are generic pointers into the calling block's own shared memory, unless a name
 // says "remote".
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include "major.cuh"
 #include "vector.cuh"
+
+struct __nv_bfloat16;
 
 namespace fusewright {
 
@@ -180,10 +180,11 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler does not know that products write registers after they are issued: accesses stay on their side of this.
+// The compiler does not know that products write registers after they are issued: accesses to them stay on their side
+// of this. Those to memory need not, and to hold them too would slow the compiler down.
 template <int kCount> __device__ __forceinline__ void hold_registers(float (&values)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i]));
 }
 
 #define FUSEWRIGHT_8(d, i)                                                                                       \

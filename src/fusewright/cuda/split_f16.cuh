@@ -57,23 +57,38 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     const SplitOperand a, b;
     const uint8_t* lost;
     int64_t M, N;
+    bool always = false;  // takes all tiles for wrong
     static_assert(kM % kThreads == 0 && kN % kThreads == 0 && kTileM % kM == 0);
 
-    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM * ((N + kN - 1) / kN)); }
+    // Row by row: tiles of a row, which one row of a makes wrong together, go to as many blocks.
+    __device__ __forceinline__ int columns() const { return int((N + kN - 1) / kN); }
+    __device__ __forceinline__ int tiles() const { return int((M + kM - 1) / kM) * columns(); }
+    __device__ __forceinline__ int m(int tile) const { return tile / columns() * kM; }
+    __device__ __forceinline__ int n(int tile) const { return tile % columns() * kN; }
 
-    // Whether something is wrong in the share that this thread of the block looks at. Without a branch, so that the
-    // loads of several tiles are under way together.
-    __device__ __forceinline__ bool sees(int64_t m, int n) const {
-        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
-        const int64_t row = m / kTileM * ((N + kTileN - 1) / kTileN), last = (min(int64_t(n) + kN, N) - 1) / kTileN;
+    // Whether something is wrong in any of the block's tiles; nearly always nothing is.
+    __device__ __forceinline__ bool anywhere() const {
         bool found = false;
+#pragma unroll 4
+        for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x) found |= sees(tile);
+        return __syncthreads_or(found);
+    }
+
+    // Whether something is wrong in the share of a tile that this thread looks at. Without a branch, so that the loads
+    // of several tiles are under way together.
+    __device__ __forceinline__ bool sees(int tile) const {
+        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
+        const int first_m = m(tile), first_n = n(tile);
+        const int row = first_m / kTileM * int((N + kTileN - 1) / kTileN);
+        const int last = int(min(int64_t(first_n) + kN, N) - 1) / kTileN;
+        bool found = always;
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
-            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(int64_t(n / kTileN + i), last)] != 0;
+            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(first_n / kTileN + i, last)] != 0;
 #pragma unroll
-        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(m + i + threadIdx.x, M);
+        for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(first_m + i + threadIdx.x, M);
 #pragma unroll
-        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(n + i + threadIdx.x, N);
+        for (int i = 0; i < kN; i += kThreads) found |= b.out_of_range(first_n + i + threadIdx.x, N);
         return found;
     }
 };
@@ -81,20 +96,21 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
 // A float32 matrix and the buffer for its halves.
 struct SplitMatrix {
     const float* x;
-    int64_t stride, lines, length;  // stride: elements from line to line
+    int64_t stride, lines, length;  // stride: elements from line to line. lines, length < 2^31
     int* halves;
+    int planes;  // 2: hi and lo; 1: hi alone (one product, TF32's precision); 0: none, s alone is written
+
+    __device__ __forceinline__ SplitLayout layout() const { return {planes, lines, length}; }
 
     // Whether a line can be read 16 bytes at a time.
     __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
 };
 
-// kPlanes: 2 writes hi and lo, 1 writes hi alone (one product, TF32's precision), 0 writes s alone.
-template <int kPlanes> struct SplitF16 {
+// A launch takes several matrices; a block finds its own first. All run the same code, which compiles once.
+struct SplitF16 {
     // A warp takes kBlockColumns of a line at a time, a block kWarps lines, all of the same columns.
     static constexpr int kThreads = 256, kWarps = kThreads / 32, kVector = 4, kVectors = 4;
     static constexpr int kStride = 32 * kVector, kBlockColumns = kVectors * kStride;
-
-    __device__ __forceinline__ static SplitLayout layout(const SplitMatrix& m) { return {kPlanes, m.lines, m.length}; }
 
     // ---- Sample: the first launch -----------------------------------------------------------------------------------
 
@@ -102,29 +118,28 @@ template <int kPlanes> struct SplitF16 {
     // the bits of the largest finite magnitude that each block of the launch saw to largest[blockIdx.x], and zeroes the
     // magnitudes that the split adds to.
     __device__ __forceinline__ static void sample(const SplitMatrix& m, int* largest) {
-        if constexpr (kPlanes > 0) {
-            int* magnitudes = m.halves + layout(m).line_magnitudes();
+        if (m.planes > 0) {
+            int* magnitudes = m.halves + m.layout().line_magnitudes();
             const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
             for (int64_t i = thread; i < m.lines + m.length; i += threads) magnitudes[i] = 0;
         }
-        const uint32_t found = m.aligned() ? largest_finite<true>(m) : largest_finite<false>(m);
-        const uint32_t all = block_max(found);
+        const uint32_t all = block_max(largest_finite(m));
         if (threadIdx.x == 0) largest[blockIdx.x] = int(all);
     }
 
-    template <bool kAligned> __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
+    __device__ __forceinline__ static uint32_t largest_finite(const SplitMatrix& m) {
         // An eighth of a small matrix; of a large one, a million elements or a sixty-fourth.
-        const int64_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
-        const int64_t chunks = (m.length + kStride - 1) / kStride;
-        const int64_t per_line = (chunks + every - 1) / every, units = m.lines * per_line;
-        const int64_t warps = int64_t(gridDim.x) * kWarps;
+        const uint32_t every = max(int64_t(8), min(int64_t(64), m.lines * m.length >> 20));
+        const uint32_t chunks = (m.length + kStride - 1) / kStride;
+        // Units are counted in 32 bits, whose division is short: no memory holds 2^32 of them, a kilobyte or a line each.
+        const uint32_t per_line = (chunks + every - 1) / every, units = uint32_t(m.lines) * per_line;
+        const bool aligned = m.aligned();
         uint32_t largest = 0;
 #pragma unroll 4
-        for (int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; unit < units; unit += warps) {
-            const int64_t line = unit / per_line, chunk = unit % per_line * every + line % every;
-            const int64_t column = chunk * kStride + threadIdx.x % 32 * kVector;
+        for (uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < units; unit += gridDim.x * kWarps) {
+            const uint32_t line = unit / per_line, chunk = unit % per_line * every + line % every;
             float x[kVector];
-            read<kAligned>(x, m, line, column);
+            read(x, m, aligned, line, chunk * kStride + threadIdx.x % 32 * kVector);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) {
                 const uint32_t magnitude = __float_as_uint(x[i]) & 0x7fffffff;
@@ -138,14 +153,11 @@ template <int kPlanes> struct SplitF16 {
 
     // Block `block` of `blocks`, a multiple of the strips of kBlockColumns that a line has: enough to fill the chip, and
     // few, since each ends with atomics for its columns. largest: what `count` blocks of the sample saw.
-    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int64_t block,
-                                                 int64_t blocks) {
+    __device__ __forceinline__ static void split(const SplitMatrix& m, const int* largest, int count, int block,
+                                                 int blocks) {
         const int exponent = choose_exponent(largest, count);
-        if (block == 0 && threadIdx.x == 0) m.halves[layout(m).exponent()] = exponent;
-        if constexpr (kPlanes > 0) {
-            if (m.aligned()) split<true>(m, split_scale(exponent), block, blocks);
-            else split<false>(m, split_scale(exponent), block, blocks);
-        }
+        if (block == 0 && threadIdx.x == 0) m.halves[m.layout().exponent()] = exponent;
+        if (m.planes > 0) split(m, split_scale(exponent), block, blocks);
     }
 
     // Every block finds the same: a look at 1 KB costs less than a launch. Infinity and NaN have no say.
@@ -156,39 +168,37 @@ template <int kPlanes> struct SplitF16 {
         return m == 0 ? 0 : max(-kSplitLimit, min(kSplitLimit, kSplitTarget - (int(m >> 23) - 127)));
     }
 
-    template <bool kAligned>
-    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int64_t block, int64_t blocks) {
-        const SplitLayout at = layout(m);
-        const int64_t strips = (m.length + kBlockColumns - 1) / kBlockColumns, padded = at.padded();
-        const int64_t column = block % strips * kBlockColumns + threadIdx.x % 32 * kVector;
+    __device__ __forceinline__ static void split(const SplitMatrix& m, float scale, int block, int blocks) {
+        const SplitLayout layout = m.layout();
+        const int strips = int((m.length + kBlockColumns - 1) / kBlockColumns), first = block % strips * kBlockColumns;
+        const int column = first + threadIdx.x % 32 * kVector, step = blocks / strips * kWarps;
+        const int64_t padded = layout.padded();
+        const bool aligned = m.aligned();
         __half* hi = reinterpret_cast<__half*>(m.halves);
-        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + at.line_magnitudes();
+        uint32_t* magnitudes = reinterpret_cast<uint32_t*>(m.halves) + layout.line_magnitudes();
         uint32_t column_max[kVectors][kVector] = {};
-        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += blocks / strips * kWarps) {
+        for (int64_t line = block / strips * kWarps + threadIdx.x / 32; line < m.lines; line += step) {
             float x[kVectors][kVector];
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i) read<kAligned>(x[i], m, line, column + i * kStride);
+            for (int i = 0; i < kVectors; ++i) read(x[i], m, aligned, line, column + i * kStride);
             measure(x, column_max, magnitudes + line);
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i)
-                write(x[i], scale, hi + line * padded + column + i * kStride, m.lines * padded,
-                      left(m, column + i * kStride));
+            for (int i = 0; i < kVectors; ++i) {
+                const int at = column + i * kStride;
+                write(x[i], scale, hi + line * padded + at, m.planes == 2, m.lines * padded, int(m.length) - at);
+            }
         }
-        finish_columns(column_max, magnitudes + m.lines, m.length, block % strips * kBlockColumns);
+        finish_columns(column_max, magnitudes + m.lines, int(m.length), first);
     }
 
     // ---- Parts ------------------------------------------------------------------------------------------------------
 
-    // How many of a vector's elements exist.
-    __device__ __forceinline__ static int left(const SplitMatrix& m, int64_t column) {
-        return int(max(min(m.length - column, int64_t(kVector)), int64_t(0)));
-    }
-
-    template <bool kAligned>
-    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, int64_t line, int64_t column) {
+    __device__ __forceinline__ static void read(float (&x)[kVector], const SplitMatrix& m, bool aligned, int64_t line,
+                                                int column) {
         const float* p = m.x + line * m.stride + column;
-        if constexpr (kAligned) load_vector<kVector>(x, p, left(m, column));
-        else load<kVector>(x, p, 1, left(m, column));
+        const int left = int(m.length) - column;
+        if (aligned && left >= kVector) Access<kVector, float>::load(x, p);
+        else load<kVector>(x, p, 1, left);
     }
 
     // The largest of a block's values, for all its threads.
@@ -216,8 +226,9 @@ template <int kPlanes> struct SplitF16 {
         if (threadIdx.x % 32 == 0 && line_max) atomicMax(line_magnitude, line_max);
     }
 
-    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, int64_t plane,
-                                                 int count) {
+    // both: hi, and `plane` elements further on lo.
+    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, bool both,
+                                                 int64_t plane, int count) {
         alignas(8) __half hi[kVector], lo[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -226,12 +237,12 @@ template <int kPlanes> struct SplitF16 {
             lo[i] = __float2half_rn(__fsub_rn(scaled, __half2float(hi[i])) * 0x1p11f);
         }
         store_vector<kVector>(p, hi, count);
-        if constexpr (kPlanes == 2) store_vector<kVector>(p + plane, lo, count);
+        if (both) store_vector<kVector>(p + plane, lo, count);
     }
 
     // The block's warps meet in shared memory, so that each column costs a block one atomic.
     __device__ __forceinline__ static void finish_columns(const uint32_t (&column_max)[kVectors][kVector],
-                                                          uint32_t* column_magnitudes, int64_t columns, int64_t first) {
+                                                          uint32_t* column_magnitudes, int columns, int first) {
         __shared__ uint32_t largest[kBlockColumns];
         for (int i = threadIdx.x; i < kBlockColumns; i += kThreads) largest[i] = 0;
         __syncthreads();

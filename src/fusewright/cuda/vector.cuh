@@ -85,8 +85,8 @@ template <int V> __device__ __forceinline__ void load_bits(bool (&dst)[V], const
     uint32_t bits = 0;
 #pragma unroll
     for (int byte = 0; byte * 8 < V; ++byte)
-        if (byte * 8 < count) bits |= uint32_t(row[n / 8 + byte]) << byte * 8;
-    if (V < 8) bits >>= n % 8;
+        if (byte * 8 < count) bits |= uint32_t(row[(n >> 3) + byte]) << byte * 8;
+    if (V < 8) bits >>= n & 7;
 #pragma unroll
     for (int i = 0; i < V; ++i) dst[i] = i < count && (bits >> i & 1);
 }
@@ -108,13 +108,13 @@ __device__ __forceinline__ void store_bits(uint8_t* row, int64_t n, const bool (
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) bits |= uint32_t(i < count && src[i]) << i;
-    if (V < 8) bits <<= n % 8;
+    if (V < 8) bits <<= n & 7;
 #pragma unroll
     for (int lanes = 1; lanes * V < 8; lanes *= 2) bits |= __shfl_xor_sync(0xffffffff, bits, lanes);
-    if (n % 8 == 0) {  // where V < 8, the first lane of its byte
+    if ((n & 7) == 0) {  // where V < 8, the first lane of its byte
 #pragma unroll
         for (int byte = 0; byte * 8 < V; ++byte)
-            if (byte * 8 < count) row[n / 8 + byte] = uint8_t(bits >> byte * 8);
+            if (byte * 8 < count) row[(n >> 3) + byte] = uint8_t(bits >> byte * 8);
     }
 }
 

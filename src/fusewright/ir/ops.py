@@ -171,7 +171,7 @@ def _tanh_softplus(x: Value) -> Value:
 
 
 def _mish_backward(g: Value, x: Value) -> Value:
-    """With t = n / d as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) / d²; none of it beyond 20."""
+    """With t = n / d as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) / d²; nothing beyond 20."""
     e = exp(minimum(x, 20))
     n = e * (e + 2)
     d = n + 2

@@ -81,9 +81,24 @@ def initialiser(functor: Functor) -> str:
     return "Epilogue{" + ", ".join(p.name for p in functor.parameters) + "}"
 
 
+def boolean(value: bool) -> str:
+    """As C++."""
+    return "true" if value else "false"
+
+
 def comment(region: Region) -> str:
     """The operators of a region, as a kernel's comment."""
     return ", ".join(region.operators) or "copy"
 
 
-__all__ = ["OVERLAP", "Family", "LibraryCall", "Program", "Refused", "comment", "initialiser", "translation_unit"]
+__all__ = [
+    "OVERLAP",
+    "Family",
+    "LibraryCall",
+    "Program",
+    "Refused",
+    "boolean",
+    "comment",
+    "initialiser",
+    "translation_unit",
+]

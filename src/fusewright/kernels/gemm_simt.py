@@ -13,9 +13,9 @@ from fusewright.codegen.functor import functor
 from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, Size, SizeArg
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
-from fusewright.fusion.plan import Matrix, Region
+from fusewright.fusion.plan import Gemm, Matrix, Region
 from fusewright.ir.size import divides, evaluate_typical
-from fusewright.kernels.base import OVERLAP, Program, Refused, comment, initialiser, translation_unit
+from fusewright.kernels.base import OVERLAP, Program, Refused, boolean, comment, initialiser, translation_unit
 
 _LAUNCH = 3e-6  # seconds
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -26,6 +26,7 @@ class Config:
     """Tile of a block and micro-tile of a thread, in elements: template parameters of `GemmSimt`.
 
     resident: blocks that a multiprocessor runs at once. efficiency: share of the peak rate when the chip is full.
+    unroll: steps along K that are straight code; 0: all of a tile.
     """
 
     tile_m: int
@@ -35,6 +36,7 @@ class Config:
     micro_n: int
     resident: int
     efficiency: float
+    unroll: int = 0
 
     def __str__(self) -> str:
         return f"{self.tile_m}×{self.tile_n}×{self.tile_k}"
@@ -114,18 +116,11 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
     """The product in tiles of `config`. wide: with accesses of several elements, for which pointers must be aligned."""
     gemm = region.gemm
     assert gemm is not None
-    element, accumulator = C_TYPES[gemm.a.dtype], C_TYPES[gemm.accumulator]
+    element = C_TYPES[gemm.a.dtype]
     vector = 16 // gemm.accumulator.itemsize
     epilogue = functor(region, vector, wide=wide)
     vectorised = wide and aligned(gemm.a, vector) and aligned(gemm.b, vector)
     alignment = vector * gemm.a.dtype.itemsize if vectorised else 1
-    numbers = f"{config.tile_m}, {config.tile_n}, {config.tile_k}"
-    layouts = ", ".join(f"fusewright::Major::{major(m, k)}" for m, k in ((gemm.a, 1), (gemm.b, 0)))
-    micro = f"{config.micro_m}, {config.micro_n}"
-    alias = (
-        f"using Gemm = fusewright::GemmSimt<{element}, {accumulator}, {numbers}, {layouts}, "
-        f"{'true' if vectorised else 'false'}, {micro}>;"
-    )
     operands = [
         *(f"const {element}* __restrict__ a", "int64_t a_row_stride", "int64_t a_k_stride"),
         *(f"const {element}* __restrict__ b", "int64_t b_k_stride", "int64_t b_col_stride"),
@@ -156,7 +151,10 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
     return LaunchSpec(
         kernel=name,
         source=translation_unit(
-            ("gemm_simt.cuh", *([guard.header] if guard else []), "scalar.cuh"), epilogue, alias, "\n".join(kernel)
+            ("gemm_simt.cuh", *([guard.header] if guard else []), "scalar.cuh"),
+            epilogue,
+            _instantiation(gemm, config, vectorised),
+            "\n".join(kernel),
         ),
         grid=(smaller(tiles, guard.blocks) if guard else tiles, 1, 1),
         block=(config.threads(), 1, 1),
@@ -166,6 +164,17 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         early=True,
         unaligned=gemm_launch(region, config, wide=False, guard=guard) if vectorised or epilogue.aligned else None,
     )
+
+
+def _instantiation(gemm: Gemm, config: Config, vectorised: bool) -> str:
+    element, accumulator = C_TYPES[gemm.a.dtype], C_TYPES[gemm.accumulator]
+    tile = (config.tile_m, config.tile_n, config.tile_k)
+    sizes = (gemm.a.shape[0], gemm.b.shape[1], gemm.a.shape[1])
+    numbers = ", ".join(str(n) for n in tile)
+    layouts = ", ".join(f"fusewright::Major::{major(m, k)}" for m, k in ((gemm.a, 1), (gemm.b, 0)))
+    micro = f"{boolean(vectorised)}, {config.micro_m}, {config.micro_n}"
+    how = f"/*Whole*/{boolean(tiled(sizes, tile))}, /*Unroll*/{config.unroll or config.tile_k}"
+    return f"using Gemm = fusewright::GemmSimt<{element}, {accumulator}, {numbers}, {layouts},\n    {micro}, {how}>;"
 
 
 def _body(passed: Sequence[str], epilogue: str, guard: Guard | None) -> list[str]:
@@ -182,6 +191,11 @@ def smaller(a: Size, b: Size) -> Size:
 def blocks(size: Size, tile: int) -> Size:
     """How many tiles cover a size."""
     return (size + tile - 1) // tile
+
+
+def tiled(sizes: Sequence[Size], tile: Sequence[int]) -> bool:
+    """Whether sizes are known to be multiples of the tile's, so that no tile ends beyond them."""
+    return all(divides(t, s) is not None for s, t in zip(sizes, tile, strict=True))
 
 
 def seconds(m: float, n: float, k: float, chip: Chip) -> float:

@@ -16,7 +16,7 @@ from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, Size, SizeArg,
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Matrix
 from fusewright.ir.size import evaluate_typical
-from fusewright.kernels.base import OVERLAP, Program
+from fusewright.kernels.base import OVERLAP, Program, boolean
 from fusewright.kernels.gemm_simt import Guard, blocks, major, smaller
 
 FAMILY = "split_f16"
@@ -101,7 +101,7 @@ class SplitOperand(Operand):
         extent = "M" if self.name == "a" else "N"
         lines, length = (extent, "K") if self.major == "K" else ("K", extent)
         layout = f"{{{self.encoded.halves.planes}, {lines}, {length}}}"
-        by_line = "true" if self.major == "K" else "false"
+        by_line = boolean(self.major == "K")
         return f"fusewright::SplitOperand::of({self.name}_halves, {layout}, /*ByLine*/{by_line})"
 
 
@@ -133,25 +133,33 @@ def split_seconds(elements: float, planes: int, chip: Chip) -> float:
 
 def _sample(step: Encode, count: int) -> LaunchSpec:
     body = [
-        f"if (blockIdx.y == {i}) Split{i}::sample({_matrix(i)}, samples + blockIdx.y * gridDim.x);"
-        for i in range(len(step.matrices))
+        f"fusewright::SplitMatrix matrix = {_matrix(step, 0)};",
+        *(f"if (blockIdx.y == {i}) matrix = {_matrix(step, i)};" for i in range(1, len(step.matrices))),
+        "fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);",
     ]
     text = _text(
         step, "sample", "Looks at a sample of each matrix, for its power of two.", ["int* __restrict__ samples"], body
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32, written=True))
     grid = (count, len(step.matrices), 1)
-    return LaunchSpec(_kernel(step, "sample"), text, grid, (_THREADS, 1, 1), args, comment="look at a sample", early=True)
+    return _launch(_kernel(step, "sample"), text, grid, args, "look at a sample")
 
 
 def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     """The matrices' blocks follow each other in one grid."""
     counts = [_split_blocks(r, chip) for r in step.results]
-    body = ["int64_t block = blockIdx.x;"]
-    for i in range(len(counts)):
-        run = f"Split{i}::split({_matrix(i)}, samples + {i} * samples_each, int(samples_each), block, blocks{i});"
-        last = i == len(counts) - 1
-        body += [run] if last else [f"if (block < blocks{i}) return {run}", f"block -= blocks{i};"]
+    body = [
+        f"fusewright::SplitMatrix matrix = {_matrix(step, 0)};",
+        "int64_t block = blockIdx.x, blocks = blocks0;",
+    ]
+    for i in range(1, len(counts)):
+        body += [
+            "if (block >= blocks) {",
+            f"    block -= blocks, blocks = blocks{i}, samples += samples_each;",
+            f"    matrix = {_matrix(step, i)};",
+            "}",
+        ]
+    body.append("fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));")
     parameters = ["const int* __restrict__ samples", "int64_t samples_each"]
     parameters += [f"int64_t blocks{i}" for i in range(len(counts))]
     text = _text(
@@ -159,7 +167,7 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32), SizeArg(count), *(SizeArg(c) for c in counts))
     grid = (sum(counts), 1, 1)
-    return LaunchSpec(_kernel(step, "split"), text, grid, (_THREADS, 1, 1), args, comment=", ".join(step.operators), early=True)
+    return _launch(_kernel(step, "split"), text, grid, args, ", ".join(step.operators))
 
 
 def _split_blocks(result: Encoded, chip: Chip) -> Size:
@@ -181,13 +189,10 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
         for i in range(len(step.matrices))
         for kind in ("const float* __restrict__ x", "int64_t stride", "int64_t lines", "int64_t length", "int* halves")
     ]
-    planes = enumerate(r.halves.planes for r in step.results)
     return "\n".join(
         [
             f'#include "{HEADER}"',
             '#include "launch.cuh"',
-            "",
-            *(f"using Split{i} = fusewright::SplitF16</*Planes*/{p}>;" for i, p in planes),
             "",
             f"// {comment}",
             f'extern "C" __global__ void __launch_bounds__({_THREADS})',
@@ -199,8 +204,8 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
     )
 
 
-def _matrix(i: int) -> str:
-    return f"{{x{i}, stride{i}, lines{i}, length{i}, halves{i}}}"
+def _matrix(step: Encode, i: int) -> str:
+    return f"{{x{i}, stride{i}, lines{i}, length{i}, halves{i}, /*Planes*/{step.results[i].halves.planes}}}"
 
 
 def _matrix_args(step: Encode) -> list[Arg]:
@@ -232,7 +237,11 @@ def mark_lost(name: str, tiles: Size) -> LaunchSpec:
     ]
     args = (lost_arg(True), SizeArg(tiles))
     grid = (blocks(tiles, _THREADS), 1, 1)
-    return LaunchSpec(f"{name}_mark", "\n".join(source), grid, (_THREADS, 1, 1), args, comment="mark all as lost", early=True)
+    return _launch(f"{name}_mark", "\n".join(source), grid, args, "mark all as lost")
+
+
+def _launch(name: str, source: str, grid: tuple[Size, Size, Size], args: tuple[Arg, ...], comment: str) -> LaunchSpec:
+    return LaunchSpec(name, source, grid, (_THREADS, 1, 1), args, comment=comment, early=True)
 
 
 def lost_flags(tiles: Size) -> Buffer:
@@ -252,29 +261,21 @@ def patch_guard(
     patch, tile: rows and columns of the patch's tiles and of the product's. least_k: where K is smaller, all tiles.
     """
     constants = ", ".join(str(n) for n in (*patch, "Gemm::kThreads", *tile))
-    setup = call(f"const fusewright::SplitPatch<{constants}> patch", [a.device(), b.device(), "lost", "M", "N"], ";")
+    always = [] if isinstance(a.matrix.shape[1], int) else [f"K < {least_k}"]
+    members = [a.device(), b.device(), "lost", "M", "N", *always]
+    setup = call(f"const fusewright::SplitPatch<{constants}> patch", members, ";")
     setup[0], setup[-1] = setup[0].replace("patch(", "patch{"), setup[-1].replace(");", "};")
-    seen = "patch.sees(m, n)" if isinstance(a.matrix.shape[1], int) else f"(patch.sees(m, n) || K < {least_k})"
-    tiles = "for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {"
     return Guard(
         name="patch",
         header=HEADER,
         parameters=(a.parameter(), b.parameter(), ("const uint8_t* __restrict__ lost", lost_arg(False))),
-        # Neighbouring tiles below each other are 8 apart: by an odd number of blocks those of a row go to many.
+        # Tiles of a column are a row apart: by an odd number of blocks they go to many.
         blocks=2 * chip.multiprocessors - 1,
         before=(
             *setup,
-            "int64_t m;",
-            "int n;",
-            "bool found = false;  // nearly always nothing is wrong in any of a block's tiles",
-            "#pragma unroll 4",
-            tiles,
-            "    Gemm::locate(tile, M, N, m, n);",
-            f"    found |= {seen};",
-            "}",
-            "if (!__syncthreads_or(found)) return;",
-            tiles,
-            "    Gemm::locate(tile, M, N, m, n);",
-            f"    if (!__syncthreads_or({seen})) continue;",
+            "if (!patch.anywhere()) return;",
+            "for (int tile = blockIdx.x; tile < patch.tiles(); tile += gridDim.x) {",
+            "    if (!__syncthreads_or(patch.sees(tile))) continue;",
+            "    const int m = patch.m(tile), n = patch.n(tile);",
         ),
     )

@@ -23,7 +23,8 @@ DEVICE_CODE = Path(__file__).parent.parent / "cuda"
 # --fmad=false: a product and a sum round twice, as they do in eager and in the simulator; device code that wants one
 # rounding says fma. No -lineinfo: it doubles the size of a small cubin. --no-cache: where there is a driver, NVRTC
 # keeps cubins of its own, and one that comes from there has no log: neither resources nor warnings are known.
-OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--no-cache")
+# --minimal: no declarations of textures and CUDA's runtime, which each compilation would read first.
+OPTIONS = ("--std=c++17", "--fmad=false", "--ptxas-options=-v", "--no-cache", "--minimal")
 
 # One pool for all callers: what is asked for first, such as a forward before its backward, compiles first.
 _COMPILERS = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fusewright-nvrtc")
