@@ -154,13 +154,13 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 16 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
+// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
 // in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
 
-    __device__ int64_t padded() const { return (length + 7) / 8 * 8; }
+    __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
     __device__ int64_t column_magnitudes() const { return line_magnitudes() + lines; }
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
@@ -189,7 +189,7 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     const uint8_t* lost;
     int64_t M, N;
     bool always = false;  // takes all tiles for wrong
-    static_assert(kM % kThreads == 0 && kN % kThreads == 0);
+    static_assert(kM % kThreads == 0 && kN % kThreads == 0 && kTileM % kM == 0);
 
     // Row by row: tiles of a row, which one row of a makes wrong together, go to as many blocks.
     __device__ __forceinline__ int columns() const { return int((N + kN - 1) / kN); }
@@ -208,9 +208,14 @@ template <int kM, int kN, int kThreads, int kTileM, int kTileN> struct SplitPatc
     // Whether something is wrong in the share of a tile that this thread looks at. Without a branch, so that the loads
     // of several tiles are under way together.
     __device__ __forceinline__ bool sees(int tile) const {
+        constexpr int kTiles = kTileN % kN ? (kN + kTileN - 2) / kTileN + 1 : 1;  // of a row, in part below this one
         const int first_m = m(tile), first_n = n(tile);
-        const int of_product = first_m / kTileM * int((N + kTileN - 1) / kTileN) + first_n / kTileN;
-        bool found = always | (reinterpret_cast<const uint64_t*>(lost)[of_product] != 0);
+        const int row = first_m / kTileM * int((N + kTileN - 1) / kTileN);
+        const int last = int(min(int64_t(first_n) + kN, N) - 1) / kTileN;
+        bool found = always;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+            found |= reinterpret_cast<const uint64_t*>(lost)[row + min(first_n / kTileN + i, last)] != 0;
 #pragma unroll
         for (int i = 0; i < kM; i += kThreads) found |= a.out_of_range(first_m + i + threadIdx.x, M);
 #pragma unroll
@@ -286,7 +291,7 @@ struct SplitF16 {
         if (m.planes > 0) split(m, split_scale(exponent), block, blocks);
     }
 
-    // Every block finds the same: a look at 4 KB costs less than a launch. Infinity and NaN have no say.
+    // Every block finds the same: a look at 1 KB costs less than a launch. Infinity and NaN have no say.
     __device__ __forceinline__ static int choose_exponent(const int* largest, int count) {
         uint32_t m = 0;
         for (int i = threadIdx.x; i < count; i += kThreads) m = max(m, uint32_t(largest[i]));
@@ -382,6 +387,31 @@ struct SplitF16 {
             if (first + i < columns && largest[i]) atomicMax(column_magnitudes + first + i, largest[i]);
     }
 };
+
+}  // namespace fusewright
+
+// ======== launch.cuh
+// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel may begin while the one before
+// it in the stream still ends, which hides what a launch costs, and waits for it before it touches memory.
+// The simulator has its own version of this file.
+
+namespace fusewright {
+
+// Waits until the launch before has ended, and all that it wrote is there. Every thread of every kernel whose
+// `LaunchSpec.early` is set comes here: so a launch that has ended tells that all those before it have. Elsewhere, and
+// before Hopper, there is nothing to wait for.
+__device__ __forceinline__ void launch_before_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch begin once every block of this one has come here or left: it takes no place from this one's.
+__device__ __forceinline__ void launch_after_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 }  // namespace fusewright
 
@@ -584,78 +614,96 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 #define FUSEWRIGHT_8(d, i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define FUSEWRIGHT_32(d, i) \
-    FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8), FUSEWRIGHT_8(d, i + 16), FUSEWRIGHT_8(d, i + 24)
-#define FUSEWRIGHT_NAMES_0_63                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "     \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
-    "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
-    "%58, %59, %60, %61, %62, %63"
-#define FUSEWRIGHT_NAMES_64_127                                                                          \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "     \
-    "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
-    "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "    \
-    "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FUSEWRIGHT_16(d, i) FUSEWRIGHT_8(d, i), FUSEWRIGHT_8(d, i + 8)
+// So many sums as operands of an instruction, and their names there.
+#define FUSEWRIGHT_SUMS_32(d) FUSEWRIGHT_16(d, 0), FUSEWRIGHT_16(d, 16)
+#define FUSEWRIGHT_SUMS_48(d) FUSEWRIGHT_SUMS_32(d), FUSEWRIGHT_16(d, 32)
+#define FUSEWRIGHT_SUMS_64(d) FUSEWRIGHT_SUMS_48(d), FUSEWRIGHT_16(d, 48)
+#define FUSEWRIGHT_SUMS_80(d) FUSEWRIGHT_SUMS_64(d), FUSEWRIGHT_16(d, 64)
+#define FUSEWRIGHT_SUMS_96(d) FUSEWRIGHT_SUMS_80(d), FUSEWRIGHT_16(d, 80)
+#define FUSEWRIGHT_SUMS_112(d) FUSEWRIGHT_SUMS_96(d), FUSEWRIGHT_16(d, 96)
+#define FUSEWRIGHT_SUMS_128(d) FUSEWRIGHT_SUMS_112(d), FUSEWRIGHT_16(d, 112)
+#define FUSEWRIGHT_NAMES_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FUSEWRIGHT_NAMES_48 \
+    FUSEWRIGHT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FUSEWRIGHT_NAMES_64 \
+    FUSEWRIGHT_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSEWRIGHT_NAMES_80 \
+    FUSEWRIGHT_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define FUSEWRIGHT_NAMES_96 \
+    FUSEWRIGHT_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FUSEWRIGHT_NAMES_112 \
+    FUSEWRIGHT_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111"
+#define FUSEWRIGHT_NAMES_128 \
+    FUSEWRIGHT_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+    "%124, %125, %126, %127"
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
-// d (64 × 128 or 64 × 256, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns), asynchronously.
+// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                              \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                         \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63    \
-                 "}, %64, %65, p, 1, 1, %67, %68;\n\t}"                                                     \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)                                                \
+#define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_##SUMS  \
+                 "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
+                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
+#define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
+    template <class Element, Major kMajorA, Major kMajorB>                                                  \
+    __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
+        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
+        else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
+    }
+FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
+FUSEWRIGHT_WGMMA(96, 48, 48, 49, 50, 51, 52)
+FUSEWRIGHT_WGMMA(128, 64, 64, 65, 66, 67, 68)
+FUSEWRIGHT_WGMMA(160, 80, 80, 81, 82, 83, 84)
+FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
+FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
+FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
+#undef FUSEWRIGHT_PRODUCT
 #undef FUSEWRIGHT_WGMMA
-}
-
-template <class Element, Major kMajorA, Major kMajorB>
-__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-#define FUSEWRIGHT_WGMMA(TYPE)                                                                                     \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                                               \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {" FUSEWRIGHT_NAMES_0_63           \
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, %128, %129, p, 1, 1, %131, %132;\n\t}"                           \
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)           \
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
-    if constexpr (kIsBfloat16<Element>)
-        FUSEWRIGHT_WGMMA("bf16");
-    else
-        FUSEWRIGHT_WGMMA("f16");
-#undef FUSEWRIGHT_WGMMA
-}
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
 // k i / 2 * 8 + t % 4 * 2 and the next. It may be written again when the product's group has been waited for.
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_64
                  "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32)
+                 : FUSEWRIGHT_SUMS_64(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 template <Major kMajorB>
 __device__ __forceinline__ void wgmma_registers(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_0_63
-                 ", " FUSEWRIGHT_NAMES_64_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
-                 : FUSEWRIGHT_32(d, 0), FUSEWRIGHT_32(d, 32), FUSEWRIGHT_32(d, 64), FUSEWRIGHT_32(d, 96)
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FUSEWRIGHT_NAMES_128
+                 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"
+                 : FUSEWRIGHT_SUMS_128(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(kMajorB == Major::MN));
 }
 
 #undef FUSEWRIGHT_8
-#undef FUSEWRIGHT_32
-#undef FUSEWRIGHT_NAMES_0_63
-#undef FUSEWRIGHT_NAMES_64_127
+#undef FUSEWRIGHT_16
+#undef FUSEWRIGHT_SUMS_32
+#undef FUSEWRIGHT_NAMES_32
+#undef FUSEWRIGHT_SUMS_48
+#undef FUSEWRIGHT_NAMES_48
+#undef FUSEWRIGHT_SUMS_64
+#undef FUSEWRIGHT_NAMES_64
+#undef FUSEWRIGHT_SUMS_80
+#undef FUSEWRIGHT_NAMES_80
+#undef FUSEWRIGHT_SUMS_96
+#undef FUSEWRIGHT_NAMES_96
+#undef FUSEWRIGHT_SUMS_112
+#undef FUSEWRIGHT_NAMES_112
+#undef FUSEWRIGHT_SUMS_128
+#undef FUSEWRIGHT_NAMES_128
 
 }  // namespace fusewright
 
@@ -808,8 +856,8 @@ namespace fusewright {
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
-//   kTileM, kTileN the tile of one block: 128 × 128, 128 × 256 or 256 × 128 (three products: 128 × 128)
-//   kPingPong      the consumers take turns, or else cooperate (turns: one product, 128 × 128 or 64 × 256)
+//   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
+//   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks
 //   kMajorA, kMajorB
@@ -833,16 +881,19 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = kTileN / kPanel, kPlanes = kThreeProducts ? 2 : 1;
-    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelBytes;
+    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
+    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
+    static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
+    static constexpr int kPlanes = kThreeProducts ? 2 : 1;
+    static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
 
     // Each consumer warp turns its 16 rows of sums round in a slab of its own, 8 · kVector columns at a time.
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0);
-    static_assert(kBlocksM * kSums <= 128, "more sums than registers");
-    static_assert(!kThreeProducts || (kBlocksM * kSums == 64 && !kPingPong), "three products fill the registers so");
+    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
+    static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
+    static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
 
     struct Operands {
         const TensorMap &a, &b;
@@ -913,6 +964,8 @@ template <class Config> struct GemmSm90 {
         extern __shared__ unsigned char shared[];
         const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
+        launch_before_wait();
+        launch_after_begin();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
             if (threadIdx.x == 0) produce<Kernel>(operands, memory);
@@ -976,8 +1029,8 @@ template <class Config> struct GemmSm90 {
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
             for (int part = 0; part < kPanelsB; part += kCluster) {
-                const int panel = part + rank, column = n + panel * kPanel;
-                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelBytes;
+                const int panel = part + rank, column = n + panel * kPanelB;
+                unsigned char* destination = memory.b(stage) + plane * kPlaneB + panel * kPanelB * 128;
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
@@ -1623,6 +1676,8 @@ __global__ void __launch_bounds__(256)
 sample_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, int* __restrict__ samples) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     if (blockIdx.y == 1) matrix = {x1, stride1, lines1, length1, halves1, /*Planes*/2};
     fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
@@ -1637,6 +1692,8 @@ __global__ void __launch_bounds__(256)
 split_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     int64_t block = blockIdx.x, blocks = blocks0;
     if (block >= blocks) {
@@ -1728,6 +1785,8 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1831,6 +1890,8 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out, uint8_t* __restrict__ mask) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1887,6 +1948,8 @@ __global__ void __launch_bounds__(Kernel::kThreads)
 fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_split,
     const uint8_t* __restrict__ mask, const float* __restrict__ grad, float* __restrict__ t1,
     float* __restrict__ out1) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{mask, grad, t1, out1});
 }
 
@@ -1898,6 +1961,8 @@ namespace backward_sample_f16x2 {
 __global__ void __launch_bounds__(256)
 sample_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     int* __restrict__ samples) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
 }
@@ -1910,6 +1975,8 @@ namespace backward_split_f16x2 {
 __global__ void __launch_bounds__(256)
 split_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     int64_t block = blockIdx.x, blocks = blocks0;
     fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));
@@ -1980,6 +2047,8 @@ fused_mm_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_st
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N, K < 128};
@@ -2056,6 +2125,8 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out2) {
+    fusewright::launch_before_wait();
+    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
@@ -2112,15 +2183,43 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
+// Whether a launch may begin while the one before it still ends.
+bool can_overlap() {
+    int device = 0, major = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+}
+
+// early: the kernel waits for the launch before it itself (launch_before_wait).
+struct Shape {
+    int64_t x, y, z;  // blocks
+    int threads, shared_bytes;
+    bool early = true;
+    int cluster = 1;
+};
+
 // On the current stream; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int threads, int shared_bytes,
-            Arguments... arguments) {
-    if (x == 0 || y == 0 || z == 0) return;
-    if (shared_bytes > 48 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<dim3(x, y, z), threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(Parameters(arguments)...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+    if (shape.x == 0 || shape.y == 0 || shape.z == 0) return;
+    if (shape.shared_bytes > 48 * 1024)
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (shape.early && can_overlap()) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = shape.cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        ++count;
+    }
+    cudaLaunchConfig_t config{dim3(shape.x, shape.y, shape.z), dim3(shape.threads), size_t(shape.shared_bytes),
+                              c10::cuda::getCurrentCUDAStream(), attributes, unsigned(count)};
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 // The driver's function, asked for by name: nothing more has to be linked.
@@ -2181,14 +2280,14 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
     {  // encode x, encode weight
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
-            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+        at::Tensor samples = at::empty_strided({528}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, {264, 2, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
-            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
-            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
-            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2,
+            {16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples), 264, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2199,11 +2298,11 @@ at::Tensor fusewright_fused(const at::Tensor& weight_, const at::Tensor& bias_, 
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
     }
@@ -2234,14 +2333,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
     {  // encode x, encode weight
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({2112}, {1}, options.dtype(at::kInt));
-        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, 1056, 2, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
-            pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+        at::Tensor samples = at::empty_strided({528}, {1}, options.dtype(at::kInt));
+        launch(fused_sample_f16x2_f16x2::sample_f16x2_f16x2, {264, 2, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
             pointer<int32_t>(samples));
-        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1,
-            256, 0, pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<float>(weight), 8192,
-            8192, 8192, pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056,
-            16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
+        launch(fused_split_f16x2_f16x2::split_f16x2_f16x2,
+            {16 * (std::min<int64_t>(66, (batch + 7) / 8)) + 1056, 1, 1, 256, 0}, pointer<float>(x), 8192, batch,
+            8192, pointer<int32_t>(halves), pointer<float>(weight), 8192, 8192, 8192, pointer<int32_t>(halves1),
+            pointer<int32_t>(samples), 264, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1056);
     }
 
     {  // addmm, mul, leaky_relu
@@ -2253,11 +2352,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fusewright_forward(co
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(forward_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
         launch(forward_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out), pointer<uint8_t>(mask));
     }
@@ -2296,17 +2395,17 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
     if (wanted[0] || wanted[1] || wanted[2]) {  // leaky_relu_backward, mul, sum
         t1 = at::empty_strided({batch, 8192}, {8192, 1}, options.dtype(at::kFloat));
         out1 = at::empty_strided({8192}, {1}, options.dtype(at::kFloat));
-        launch(backward_leaky_relu_backward_mul_sum::fused_leaky_relu_backward_mul_sum, 256, 1, 1, 512, 0, batch,
+        launch(backward_leaky_relu_backward_mul_sum::fused_leaky_relu_backward_mul_sum, {256, 1, 1, 512, 0}, batch,
             8192, batch, pointer<uint8_t>(mask), pointer<float>(grad), pointer<float>(t1), pointer<float>(out1));
     }
 
     if (wanted[0] || wanted[2]) {  // encode t1
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(t1), 8192, batch, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(t1), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
-            pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+        launch(backward_split_f16x2::split_f16x2, {16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0},
+            pointer<float>(t1), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 264,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
 
@@ -2317,10 +2416,11 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved_map = tensor_map(pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, batch, 2},
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm::fused_mm, std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214080,
-            halves_map, saved_map, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
-            pointer<uint8_t>(lost), pointer<float>(out));
-        launch(backward_mm_patch::fused_mm_patch, 263, 1, 1, 128, 82432, pointer<float>(t1), 1, 8192,
+        launch(backward_mm::fused_mm,
+            {std::min<int64_t>(132, 4096 * (std::min<int64_t>(1, batch))), 1, 1, 384, 214080}, halves_map, saved_map,
+            8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved), pointer<uint8_t>(lost),
+            pointer<float>(out));
+        launch(backward_mm_patch::fused_mm_patch, {263, 1, 1, 128, 82432}, pointer<float>(t1), 1, 8192,
             pointer<float>(x), 8192, 1, 8192, 8192, batch, pointer<int32_t>(halves), pointer<int32_t>(saved),
             pointer<uint8_t>(lost), pointer<float>(out));
     }
@@ -2332,12 +2432,13 @@ std::vector<at::Tensor> fusewright_backward(const at::Tensor& weight_, const at:
             {8192, 8192 * batch}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         const auto saved2_map = tensor_map(pointer<__half>(saved2), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {8192, 8192, 2},
             {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
-        launch(backward_mm_2::fused_mm_2, std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080,
+        launch(backward_mm_2::fused_mm_2, {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080},
             halves_map, saved2_map, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
             pointer<uint8_t>(lost), pointer<float>(out2));
-        launch(backward_mm_2_patch::fused_mm_2_patch, std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128,
-            82432, pointer<float>(t1), 8192, 1, pointer<float>(weight), 8192, 1, batch, 8192, 8192,
-            pointer<int32_t>(halves), pointer<int32_t>(saved2), pointer<uint8_t>(lost), pointer<float>(out2));
+        launch(backward_mm_2_patch::fused_mm_2_patch,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(t1), 8192, 1,
+            pointer<float>(weight), 8192, 1, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(saved2),
+            pointer<uint8_t>(lost), pointer<float>(out2));
     }
 
     std::vector<at::Tensor> results;
@@ -2361,11 +2462,11 @@ at::Tensor fusewright_split(const at::Tensor& weight_) {
 
     {  // encode weight
         halves1 = at::empty_strided({67125249}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(weight), 8192, 8192, 8192,
             pointer<int32_t>(halves1), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 1056, 1, 1, 256, 0, pointer<float>(weight), 8192, 8192, 8192,
-            pointer<int32_t>(halves1), pointer<int32_t>(samples), 1056, 1056);
+        launch(backward_split_f16x2::split_f16x2, {1056, 1, 1, 256, 0}, pointer<float>(weight), 8192, 8192, 8192,
+            pointer<int32_t>(halves1), pointer<int32_t>(samples), 264, 1056);
     }
 
     return halves1;
@@ -2396,11 +2497,11 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
 
     {  // encode x
         halves = at::empty_strided({8193 * batch + 8193}, {1}, options.dtype(at::kInt));
-        at::Tensor samples = at::empty_strided({1056}, {1}, options.dtype(at::kInt));
-        launch(backward_sample_f16x2::sample_f16x2, 1056, 1, 1, 256, 0, pointer<float>(x), 8192, batch, 8192,
+        at::Tensor samples = at::empty_strided({264}, {1}, options.dtype(at::kInt));
+        launch(backward_sample_f16x2::sample_f16x2, {264, 1, 1, 256, 0}, pointer<float>(x), 8192, batch, 8192,
             pointer<int32_t>(halves), pointer<int32_t>(samples));
-        launch(backward_split_f16x2::split_f16x2, 16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0,
-            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 1056,
+        launch(backward_split_f16x2::split_f16x2, {16 * (std::min<int64_t>(66, (batch + 7) / 8)), 1, 1, 256, 0},
+            pointer<float>(x), 8192, batch, 8192, pointer<int32_t>(halves), pointer<int32_t>(samples), 264,
             16 * (std::min<int64_t>(66, (batch + 7) / 8)));
     }
 
@@ -2412,11 +2513,11 @@ at::Tensor fusewright_frozen(const at::Tensor& weight_, const at::Tensor& bias_,
         const auto halves1_map = tensor_map(pointer<__half>(halves1), CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             {8192, 8192, 2}, {8192, 67108864}, {64, 64, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
         launch(fused_addmm_mul_leaky_relu::fused_addmm_mul_leaky_relu,
-            std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080, halves_map, halves1_map, batch,
+            {std::min<int64_t>(132, ((batch + 127) / 128) * 64), 1, 1, 384, 214080}, halves_map, halves1_map, batch,
             8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1), pointer<uint8_t>(lost),
             pointer<float>(bias), pointer<float>(out));
         launch(fused_addmm_mul_leaky_relu_patch::fused_addmm_mul_leaky_relu_patch,
-            std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432, pointer<float>(x), 8192, 1,
+            {std::min<int64_t>(263, ((batch + 127) / 128) * 64), 1, 1, 128, 82432}, pointer<float>(x), 8192, 1,
             pointer<float>(weight), 1, 8192, batch, 8192, 8192, pointer<int32_t>(halves), pointer<int32_t>(halves1),
             pointer<uint8_t>(lost), pointer<float>(bias), pointer<float>(out));
     }
@@ -2476,7 +2577,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2484,7 +2585,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2505,7 +2606,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2514,7 +2615,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2528,7 +2629,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2540,13 +2641,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_d2b3cc434d88::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2554,7 +2655,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2562,7 +2663,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2570,7 +2671,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_d2b3cc434d88, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2584,7 +2685,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_d2b3cc434d88",
+        name="fusewright_gemm_multiply_leakyrelu_dacd54d07e9f",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2614,9 +2715,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2628,7 +2729,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_d2b3cc434d88.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
