@@ -169,7 +169,7 @@ OUT_OF_RANGE = (
     + """out_of_range(const int* halves, const uint8_t* lost, int* out, int64_t n) {
     const auto x = fusewright::SplitOperand::of(halves, {2, n, 8}, true);
     const fusewright::SplitPatch<256, 64, 64, 256, 256> patch{x, {x.exponent, nullptr}, lost, n, 1};
-    out[threadIdx.x] = __syncthreads_or(patch.sees(0)); }"""
+    out[threadIdx.x] = patch.anywhere(); }"""
 )
 
 
