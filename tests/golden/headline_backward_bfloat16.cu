@@ -47,7 +47,6 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
     const uint8_t* __restrict__ x3, const __nv_bfloat16* __restrict__ x4, __nv_bfloat16* __restrict__ t1,
     __nv_bfloat16* __restrict__ out2) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{x3, x4, t1, out2});
 }
 
@@ -81,7 +80,6 @@ fused_mm(const __nv_bfloat16* __restrict__ a, int64_t a_row_stride, int64_t a_k_
     const __nv_bfloat16* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
     int64_t K, __nv_bfloat16* __restrict__ out) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out});
 }
 
@@ -115,6 +113,5 @@ fused_mm_2(const __nv_bfloat16* __restrict__ a, int64_t a_row_stride, int64_t a_
     const __nv_bfloat16* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
     int64_t K, __nv_bfloat16* __restrict__ out1) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out1});
 }

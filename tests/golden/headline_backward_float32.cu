@@ -41,7 +41,6 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
     const uint8_t* __restrict__ x3, const float* __restrict__ x4, float* __restrict__ t1,
     float* __restrict__ out2) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{x3, x4, t1, out2});
 }
 
@@ -72,7 +71,6 @@ extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMul
 fused_mm(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
     int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out});
 }
 
@@ -103,6 +101,5 @@ extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMul
 fused_mm_2(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_stride, const float* __restrict__ b,
     int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K, float* __restrict__ out1) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{out1});
 }

@@ -41,6 +41,5 @@ fused_addmm_mul_leaky_relu(const __nv_bfloat16* __restrict__ a, int64_t a_row_st
     int64_t K, const __nv_bfloat16* __restrict__ x3, __nv_bfloat16* __restrict__ out,
     uint8_t* __restrict__ mask) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{x3, out, mask});
 }

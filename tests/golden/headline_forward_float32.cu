@@ -37,6 +37,5 @@ fused_addmm_mul_leaky_relu(const float* __restrict__ a, int64_t a_row_stride, in
     const float* __restrict__ b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
     const float* __restrict__ x3, float* __restrict__ out, uint8_t* __restrict__ mask) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Gemm::run(a, a_row_stride, a_k_stride, b, b_k_stride, b_col_stride, M, N, K, Epilogue{x3, out, mask});
 }

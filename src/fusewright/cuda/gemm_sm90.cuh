@@ -133,7 +133,6 @@ template <class Config> struct GemmSm90 {
         const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
         launch_before_wait();
-        launch_after_begin();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
             if (threadIdx.x == 0) produce<Kernel>(operands, memory);

@@ -1,5 +1,5 @@
-// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel may begin while the one before
-// it in the stream still ends, which hides what a launch costs, and waits for it before it touches memory.
+// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel begins as soon as the last
+// blocks of the one before it have left, which hides what a launch costs, and waits for it before it touches memory.
 // The simulator has its own version of this file.
 #pragma once
 
@@ -14,7 +14,8 @@ __device__ __forceinline__ void launch_before_wait() {
 #endif
 }
 
-// Lets the next launch begin once every block of this one has come here or left: it takes no place from this one's.
+// Lets the next launch begin once every block of this one has come here or left. Only where the next one has something
+// to do meanwhile: one that merely waits has been seen to slow this one.
 __device__ __forceinline__ void launch_after_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

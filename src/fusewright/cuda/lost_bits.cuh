@@ -16,7 +16,9 @@ template <int kBlocksM, int kSums> struct LostBits {
     const int64_t M, N, K;
 
     // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
-    // alone, where magnitudes may lie: they are read first.
+    // alone, where magnitudes may lie: they are read first. Each look is for fewer warps and takes longer than the one
+    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on),
+    // beside the largest that they are (one in five hundred), and all sums by line.
     __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
@@ -24,9 +26,18 @@ template <int kBlocksM, int kSums> struct LostBits {
 #pragma unroll
             for (int i = 0; i < kSums; ++i)
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
-        // The largest that operands can be: where even for those all is well, no magnitude is read.
-        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f));
-        return seldom && lost_line(sums, slab, m, n);
+        if (!__any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f))) return false;
+        float of_row[kBlocksM], of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block) {
+            of_row[block] = magnitude(a, m + block * 64 + threadIdx.x % 16, M);
+            of_a = fmaxf(of_a, of_row[block]);
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < 2 * kSums; i += 32) of_b = fmaxf(of_b, magnitude(b, n + i, N));
+        of_a = largest_of_warp(of_a), of_b = largest_of_warp(of_b);
+        if (!__any_sync(~0u, lossy(smallest, of_a, of_b))) return false;
+        return lost_line(sums, slab, n, of_row, of_a, of_b);
     }
 
   private:
@@ -38,15 +49,10 @@ template <int kBlocksM, int kSums> struct LostBits {
     }
 
     // What seldom runs is short: 32 columns at a time, a lane for each, go through the slab, and the sums go round.
-    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
+    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int n,
+                                              const float (&of_row)[kBlocksM], float of_a, float of_b) const {
         const int lane = threadIdx.x % 32;
-        float of_row[kBlocksM], rows[kBlocksM] = {}, of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block) {
-            of_row[block] = magnitude(a, m + block * 64 + lane % 16, M);
-            of_a = fmaxf(of_a, of_row[block]);
-        }
-        of_a = largest_of_warp(of_a);
+        float rows[kBlocksM] = {};
         bool lost = false;
 #pragma unroll 1
         for (int first = n; first < n + 2 * kSums; first += 32) {
@@ -63,11 +69,8 @@ template <int kBlocksM, int kSums> struct LostBits {
                 }
                 turn_round<16>(sums[block]);
             }
-            const float of_column = magnitude(b, first + lane, N);
-            of_b = fmaxf(of_b, of_column);
-            lost |= lossy(largest, of_a, of_column);
+            lost |= lossy(largest, of_a, magnitude(b, first + lane, N));
         }
-        of_b = largest_of_warp(of_b);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) lost |= lossy(rows[block], of_row[block], of_b);
         return __any_sync(~0u, lost);

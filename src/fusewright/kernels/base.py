@@ -65,8 +65,8 @@ _OURS = {
     "fusewright::launch_": "launch.cuh",
 }
 
-# How the body of a kernel begins whose launch may overlap with those before and after it.
-OVERLAP = ("fusewright::launch_before_wait();", "fusewright::launch_after_begin();")
+# How the body of a kernel begins whose launch may overlap with the one before it.
+WAIT = "fusewright::launch_before_wait();"
 
 
 def translation_unit(headers: Sequence[str], functor: Functor, alias: str, kernel: str) -> str:
@@ -92,7 +92,7 @@ def comment(region: Region) -> str:
 
 
 __all__ = [
-    "OVERLAP",
+    "WAIT",
     "Family",
     "LibraryCall",
     "Program",

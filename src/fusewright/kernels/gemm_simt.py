@@ -15,7 +15,7 @@ from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Gemm, Matrix, Region
 from fusewright.ir.size import divides, evaluate_typical
-from fusewright.kernels.base import OVERLAP, Program, Refused, boolean, comment, initialiser, translation_unit
+from fusewright.kernels.base import WAIT, Program, Refused, boolean, comment, initialiser, translation_unit
 
 _LAUNCH = 3e-6  # seconds
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -134,7 +134,7 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         f"// {comment(region)}",
         'extern "C" __global__ void __launch_bounds__(Gemm::kThreads, Gemm::kBlocksPerMultiprocessor)',
         *call(name, declared, " {"),
-        *("    " + line for line in (*OVERLAP, *_body(passed, initialiser(epilogue), guard))),
+        *("    " + line for line in (WAIT, *_body(passed, initialiser(epilogue), guard))),
         "}",
     ]
     m, k = gemm.a.shape

@@ -352,9 +352,11 @@ class Copies:
 
 
 def _copy_rate(operand: Operand, width: int) -> float:
-    """width: of the tile; where lines run across K copies begin at multiples of it."""
-    line = operand.line_stride
-    return next(r for s, r in _ALL_COPIES if divides(s, line) is not None and (operand.major == "K" or width % s == 0))
+    """width: of the tile; where lines run across K copies begin at multiples of it. Of what cannot be copied in bulk, the
+    patch computes all."""
+    line, known = operand.line_stride, operand.major == "K"
+    rates = (r for s, r in _ALL_COPIES if divides(s, line) is not None and (known or width % s == 0))
+    return next(rates, _ALL_COPIES[-1][1])
 
 
 def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip) -> float:

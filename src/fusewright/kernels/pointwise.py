@@ -16,7 +16,7 @@ from fusewright.codegen.text import call
 from fusewright.fusion.expression import Access, ColumnSum, Load
 from fusewright.fusion.plan import Buffer, Region
 from fusewright.ir.size import evaluate_typical, product
-from fusewright.kernels.base import OVERLAP, Program, Refused, comment, initialiser, translation_unit
+from fusewright.kernels.base import WAIT, Program, Refused, comment, initialiser, translation_unit
 
 THREADS = 256
 # Lanes along a strip of `ColumnSum`.
@@ -71,7 +71,7 @@ def _unit(header: str, body: Functor, alias: str, region: Region, sizes: Sequenc
         f"// {comment(region)}",
         'extern "C" __global__ void __launch_bounds__(Kernel::kThreads)',
         *call(region.name, [*(f"int64_t {s}" for s in sizes), *(p.declaration for p in body.parameters)], " {"),
-        *("    " + line for line in (*OVERLAP, *call("Kernel::run", [*sizes, initialiser(body)], ";"))),
+        *("    " + line for line in (WAIT, *call("Kernel::run", [*sizes, initialiser(body)], ";"))),
         "}",
     ]
     return translation_unit((header, "scalar.cuh"), body, alias, "\n".join(kernel))

@@ -16,7 +16,7 @@ from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, Size, SizeArg,
 from fusewright.codegen.text import call
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Matrix
 from fusewright.ir.size import evaluate_typical
-from fusewright.kernels.base import OVERLAP, Program, boolean
+from fusewright.kernels.base import WAIT, Program, boolean
 from fusewright.kernels.gemm_simt import Guard, blocks, major, smaller
 
 FAMILY = "split_f16"
@@ -197,7 +197,7 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
             f"// {comment}",
             f'extern "C" __global__ void __launch_bounds__({_THREADS})',
             *call(_kernel(step, part), [*declared, *parameters], " {"),
-            *("    " + line for line in (*OVERLAP, *body)),
+            *("    " + line for line in (WAIT, *body)),
             "}",
             "",
         ]
@@ -229,7 +229,7 @@ def mark_lost(name: str, tiles: Size) -> LaunchSpec:
         "",
         f'extern "C" __global__ void __launch_bounds__({_THREADS})',
         *declared,
-        *("    " + line for line in OVERLAP),
+        "    " + WAIT,
         f"    const int64_t tile = int64_t(blockIdx.x) * {_THREADS} + threadIdx.x;",
         "    if (tile < tiles) reinterpret_cast<uint64_t*>(lost)[tile] = 1;",
         "}",
