@@ -1,6 +1,6 @@
-// Division by what is at least 1, or NaN, without a branch: that of the compiler has a range check and a call, which keep
-// it from interleaving what neighbouring values compute. Results are those of IEEE division, except that those below
-// 2^-126 may be rounded twice.
+// Division by what is at least 1, or NaN, without a branch: the compiler's own has a range check and a call, which keep it
+// from interleaving what neighbouring values compute. Results are those of IEEE division, except that those below 2^-126
+// may be rounded twice.
 #pragma once
 #include "approximate.cuh"
 
@@ -21,8 +21,8 @@ __device__ __forceinline__ float reciprocal(float b) {
     return four_by(b, quarter) * 0.25f;
 }
 
-// From a correctly rounded reciprocal one correction leads to the correctly rounded quotient (Markstein), if the remainder
-// of a is not subnormal: so a small a is scaled.
+// One correction by a correctly rounded reciprocal gives the correctly rounded quotient, if the remainder is exact. That of
+// a small a would have bits below the last subnormal one, so a is scaled.
 __device__ __forceinline__ float quotient(float a, float b) {
     float quarter;
     const float r = four_by(b, quarter);
