@@ -35,7 +35,7 @@ SYNCHRONISES = re.compile(
     r"|copy_async_(?:wait|commit)|fence_\w+|mbarrier_\w+|wgmma_(?:fence|commit|wait)|cluster_sync"
     r"|tensor_store_(?:commit|wait\w*)|launch_before_wait)(?:<[^<>;]*>)?\("
 )
-DEFINITIONS_ONLY = {"async.cuh", "launch.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
+DEFINITIONS_ONLY = {"approximate.cuh", "async.cuh", "launch.cuh", "mma.cuh", "sm90.cuh", "sm90_ptx.cuh"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
+from fusewright.codegen.bounds import lower_bounds
 from fusewright.codegen.launch import Arg, BufferArg, FloatArg, SizeArg
 from fusewright.codegen.scalar import C_TYPES, literal, scalar
 from fusewright.fusion.expression import (
@@ -186,6 +187,7 @@ class _Printer:
         """(loads before the loop over V, the loop's lines, stores after it)."""
         loads: list[str] = []
         lines: list[str] = []
+        bounds = lower_bounds(s.value for s in self.region.sinks)
         for expression in walk(s.value for s in self.region.sinks):
             if isinstance(expression, Load):
                 loads += self.load(expression, len(self.names))
@@ -199,7 +201,7 @@ class _Printer:
                     else literal(value, expression.dtype)
                 )
             else:
-                lines.append(self.apply(expression))
+                lines.append(self.apply(expression, bounds[expression.operands[-1]]))
         stores = []
         sum_index = 0
         for i, sink in enumerate(self.region.sinks):
@@ -249,9 +251,9 @@ class _Printer:
         at = "n" if column == 1 else f"n * {stride}"
         return f"fusewright::store({row} + {at}, {stride}, {value}, count);"
 
-    def apply(self, expression: Apply) -> str:
+    def apply(self, expression: Apply, lower_bound: float) -> str:
         name = f"v{sum(n.startswith('v') and n[1:].isdigit() for n in self.names.values())}"
-        text = scalar(expression, [self.names[o] for o in expression.operands])
+        text = scalar(expression, [self.names[o] for o in expression.operands], lower_bound)
         self.names[expression] = name
         comment = f"  // {', '.join(expression.origin)}" if expression.origin else ""
         return f"const {C_TYPES[expression.dtype]} {name} = {text};{comment}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fusewright.fusion.expression import Apply
+from fusewright.fusion.expression import Apply, Constant
 from fusewright.ir.primitives import PRIMITIVES
 
 C_TYPES = {
@@ -44,8 +44,11 @@ def literal(value: bool | int | float, dtype: torch.dtype) -> str:
     return text if dtype in (torch.float32, torch.float64) else f"{C_TYPES[dtype]}({text})"
 
 
-def scalar(expression: Apply, operands: Sequence[str]) -> str:
-    """The C++ of one primitive; its result has the type of `expression.dtype` once assigned."""
+def scalar(expression: Apply, operands: Sequence[str], lower_bound: float = -math.inf) -> str:
+    """The C++ of one primitive; its result has the type of `expression.dtype` once assigned.
+
+    lower_bound: of the last operand.
+    """
     type = C_TYPES[expression.dtype]
     if expression.op == "cast":
         source = expression.operands[0].dtype
@@ -54,6 +57,11 @@ def scalar(expression: Apply, operands: Sequence[str]) -> str:
         # Out of range, ATen wraps around: an unsigned byte by way of a wide integer.
         wide = expression.dtype == torch.uint8 and source.is_floating_point
         return f"{type}(int64_t({operands[0]}))" if wide else f"{type}({operands[0]})"
+    if expression.op == "div" and expression.dtype == torch.float32 and lower_bound >= 1:
+        numerator = expression.operands[0]
+        if isinstance(numerator, Constant) and numerator.value == 1:
+            return f"fusewright::from_one::reciprocal({operands[1]})"
+        return f"fusewright::from_one::quotient({operands[0]}, {operands[1]})"
     row = PRIMITIVES[expression.op]
     integer = not expression.operands[-1].dtype.is_floating_point
     text = (row.integer if integer and row.integer else row.cuda).format(*operands)

@@ -60,6 +60,7 @@ class Family(Protocol):
 # What the text of a kernel names → the header that has it.
 _SYSTEM = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 _OURS = {
+    "fusewright::from_one::": "division.cuh",
     "fusewright::integer::": "integer.cuh",
     "fusewright::special::": "special.cuh",
     "fusewright::launch_": "launch.cuh",

@@ -1,0 +1,14 @@
+// The hardware's approximations: one instruction a function, and nothing else.
+// The simulator has its own version of this file.
+#pragma once
+
+namespace fusewright {
+
+// 1 / x within 1 ulp; 0 where that is subnormal.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+}  // namespace fusewright

@@ -1,0 +1,13 @@
+// The simulator's version of cuda/approximate.cuh: away from zero, which is within 1 ulp, so that a correction that is
+// missing shows.
+#pragma once
+
+namespace fusewright {
+
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float r = 1 / x;
+    if (fmaf(-r, x, 1.0f) > 0) r = nextafterf(r, copysignf(HUGE_VALF, x));
+    return fabsf(r) < 0x1p-126f ? copysignf(0.0f, x) : r;
+}
+
+}  // namespace fusewright
