@@ -115,7 +115,7 @@ TILES = {
         Tile(128, 96, 0.70),
         Tile(128, 64, 0.48),
     ),
-    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.78), Tile(128, 64, 0.73)),
+    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.64)),
 }
 IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
 
