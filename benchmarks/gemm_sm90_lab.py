@@ -106,7 +106,9 @@ def tiles() -> Iterator[Experiment]:
         yield Experiment(f"tile f16x3 128×{n} small", with_(F16X3, tile=(128, n), stages=s), [(672, 640, 1920)])
     for name in ("128×128 ping-pong", "128×96", "128×192", "128×224", "256×160"):
         for shape in ((7296, 648, 3848), (7296, 648, 3840), (3328, 1536, 1960), (3328, 1536, 1920)):
-            yield Experiment(f"tile {name} {shape[0]} {shape[2]}", plain[name], [shape])
+            for cluster in (1, 2) if shape[2] % 64 else (1,):
+                config = with_(plain[name], cluster=cluster)
+                yield Experiment(f"tile {name} {shape[0]} {shape[2]} c{cluster}", config, [shape])
     for name in ("128×128 ping-pong", "128×256"):
         for k in (4096, 4104, 4112, 4128):  # lines at multiples of 128, 16, 32, 64 bytes
             for cluster in (1, 2):

@@ -881,8 +881,10 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
-    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
+    // Of a K-major B narrower panels where whole ones do not make up a block's share; of one that is MN-major the last
+    // panel is copied whole.
+    static constexpr int kShareB = kTileN / kCluster, kDividesShare = kShareB & -kShareB;
+    static constexpr int kPanelB = kMajorB == Major::K && kDividesShare < kPanel ? kDividesShare : kPanel;
     static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
     static constexpr int kPlanes = kThreeProducts ? 2 : 1;
     static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
@@ -1060,18 +1062,28 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, first_block, k_tiles);
             else
                 compute(sums, ring, memory, first_block, k_tiles);
-            const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
-            if constexpr (kScaled) {
-                if (operands.lost) {
-                    float* slab = memory.slab(threadIdx.x / 32 - 4);
-                    note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
-                }
-                undo_scale(sums, operands);
-            }
-            finish(sums, operands, memory, m, n, epilogue);
+            // The last cluster may have a block too many.
+            if (kCluster == 1 || tiles.m() < operands.M)
+                conclude(sums, tiles, first_block, operands, memory, epilogue);
             if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
             parity ^= 1;
         }
+    }
+
+    // From complete sums to results.
+    template <class Epilogue>
+    __device__ __forceinline__ static void conclude(Sums& sums, const Tiles& tiles, int first_block,
+                                                    const Operands& operands, const Memory& memory,
+                                                    const Epilogue& epilogue) {
+        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
+        if constexpr (kScaled) {
+            if (operands.lost) {
+                float* slab = memory.slab(threadIdx.x / 32 - 4);
+                note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+            }
+            undo_scale(sums, operands);
+        }
+        finish(sums, operands, memory, m, n, epilogue);
     }
 
     // The other group's tile.
@@ -2577,7 +2589,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2585,7 +2597,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2606,7 +2618,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2615,7 +2627,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2629,7 +2641,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2641,13 +2653,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_dacd54d07e9f::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_e8203c135169, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2655,7 +2667,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2663,7 +2675,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2671,7 +2683,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_dacd54d07e9f, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2685,7 +2697,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_dacd54d07e9f",
+        name="fusewright_gemm_multiply_leakyrelu_e8203c135169",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2715,9 +2727,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2729,7 +2741,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_dacd54d07e9f.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

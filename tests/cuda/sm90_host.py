@@ -6,6 +6,7 @@ Where there is no cubin, kernels run in the simulator, on CPU tensors.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,7 +113,7 @@ class GemmConfig:
     @property
     def panel(self) -> int:
         """As `GemmSm90::kPanelB`."""
-        return 32 if self.major_b == "K" and self.tile[1] % 64 else 64
+        return math.gcd(64, self.tile[1] // self.cluster) if self.major_b == "K" else 64
 
     @property
     def shared_bytes(self) -> int:

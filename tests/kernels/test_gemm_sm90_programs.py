@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
 from fusewright.ir.encoding import Halves
 from fusewright.kernels.base import Program, Refused
 from fusewright.kernels.choose import candidates, contenders
-from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
+from fusewright.kernels.gemm_sm90 import TILES, GemmSm90, HalfProducts, Tile
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
 from graphs import planned
@@ -187,9 +187,14 @@ def test_what_is_split_competes_only_among_what_reads_halves() -> None:
     assert [len(found[e.name]) for e in plan.encodes] == [1]
 
 
-@pytest.mark.parametrize("tile", range(10))
-def test_every_tile_compiles(tile: int) -> None:
-    program = GemmSm90().programs(product(torch.bfloat16), H200)[tile]
+# Those that compete most often, and the one with most sums.
+PAIRS = [replace(t, cluster=2) for t in TILES[1] if (t.m, t.n) in ((128, 256), (128, 192), (256, 160))]
+
+
+@pytest.mark.parametrize("tile", [*TILES[1], *PAIRS], ids=str)
+def test_every_tile_compiles(tile: Tile) -> None:
+    region = product(torch.bfloat16, m=264)  # which is more than one row of any
+    program = next(p for p in GemmSm90().programs(region, H200) if p.variant == str(tile))
     check_compiles(program.launches[0])
     assert program.launches[0].shared_bytes <= H200.shared_bytes
 
@@ -250,11 +255,16 @@ def test_ping_pong_is_predicted_to_hide_epilogues() -> None:
     assert of_one_tile.index("128×128×64") < of_one_tile.index("128×128×64 ping-pong")
 
 
-def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
-    """The programs of y = x · wᵀ that are measured, best first."""
+def programs(dtype: torch.dtype, m: int, n: int, k: int) -> Sequence[Program]:
+    """Those of y = x · wᵀ, best first."""
     x, w = (torch.empty(rows, k, dtype=dtype, device="meta") for rows in (m, n))
     (region,) = plan_of(lambda x, w: x @ w.T, x, w).regions
-    return [p.variant for p in contenders(GemmSm90().programs(region, H200))]
+    return GemmSm90().programs(region, H200)
+
+
+def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
+    """The ones that are measured."""
+    return [p.variant for p in contenders(programs(dtype, m, n, k))]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +272,7 @@ def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
     [
         (torch.bfloat16, (1024, 8192, 8192), "128×256×64"),  # measured
         (torch.float32, (1024, 8192, 8192), "128×128×64"),  # measured
-        (torch.bfloat16, (3328, 1536, 2048), "256×160×64"),  # 130 tiles: one wave, where 128×128 takes three
+        (torch.bfloat16, (3328, 1600, 2048), "256×160×64"),  # 130 tiles: one wave, where 128×128 takes three
         (torch.bfloat16, (1152, 4480, 3072), "128×160×64"),  # 252 tiles, two waves
         (torch.float32, (672, 640, 1920), "128×64×64"),  # 60 tiles, where 128×128 has 30
     ],
@@ -278,10 +288,44 @@ def test_the_headline_measures_no_further_tiles() -> None:
     assert variants(torch.float32, 1024, 8192, 8192) == ["128×128×64"]
 
 
-def test_lines_at_odd_multiples_of_16_bytes_want_tiles_that_read_less() -> None:
-    """Copies are the limit there, and 128×128 needs most of them."""
-    assert "128×128×64 ping-pong" in variants(torch.bfloat16, 4096, 4096, 4096)
-    assert "128×128×64 ping-pong" not in variants(torch.bfloat16, 4096, 4096, 4104)
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "best"),
+    [
+        (torch.bfloat16, (4096, 4096, 4096), "128×256×64"),
+        (torch.bfloat16, (4096, 4096, 4104), "128×256×64 in pairs"),  # measured
+        (torch.bfloat16, (7296, 648, 3848), "128×192×64 in pairs"),
+        (torch.bfloat16, (7296, 648, 3840), "128×192×64"),  # measured
+        (torch.float32, (4096, 4096, 4104), "128×128×64"),  # whose halves are padded
+    ],
+)
+def test_where_copies_are_the_limit_pairs_of_blocks_share_them(
+    dtype: torch.dtype, sizes: tuple[int, int, int], best: str
+) -> None:
+    """Lines that are no multiples of 128 bytes; others have no such programs to measure."""
+    found = variants(dtype, *sizes)
+    assert found[0] == best and "128×128×64 ping-pong in pairs" not in found
+    assert any("pairs" in variant for variant in found) == ("pairs" in best)
+
+
+@pytest.mark.parametrize(("m", "n", "grid"), [(640, 256, 6), (256, 256, 2), (9999, 4096, 132)])
+def test_grids_of_pairs(m: int, n: int, grid: int) -> None:
+    """Whole clusters, also of an odd number of row tiles. A single one has none."""
+    launch = next(p.launches[0] for p in programs(torch.bfloat16, m, n, 200) if p.variant == "128×256×64 in pairs")
+    assert (launch.grid, launch.cluster) == ((grid, 1, 1), (2, 1, 1)) and "kCluster = 2" in launch.source
+    assert not any("pairs" in p.variant for p in programs(torch.bfloat16, 128, n, 200) if p.variant[:3] == "128")
+
+
+@pytest.mark.parametrize("majors", ["KK", "KM"])
+def test_pairs_fetch_equal_parts(majors: str) -> None:
+    """Of a K-major right operand in narrower boxes; of another where a tile has an even number of them."""
+    found = {p.variant: p.launches[0] for p in GemmSm90().programs(product(torch.bfloat16, majors, n=520), H200)}
+    boxes = {
+        variant.split("×")[1]: launch.args[1].box[1]
+        for variant, launch in found.items()
+        if variant.startswith("128") and variant.endswith("×64 in pairs") and isinstance(launch.args[1], TensorMapArg)
+    }
+    narrow = {"128": 64, "256": 64, "192": 32, "64": 32, "96": 16, "160": 16, "224": 16}
+    assert boxes == (narrow if majors == "KK" else {"128": 64, "256": 64, "96": 64, "224": 64})
 
 
 def test_small_float32_products_go_to_the_tensor_cores() -> None:

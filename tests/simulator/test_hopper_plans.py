@@ -13,9 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusewright import compiler
 from fusewright.capture.fx import from_fx
-from fusewright.chip import CHIPS
+from fusewright.chip import CHIPS, Chip
+from fusewright.fusion.plan import Region
+from fusewright.kernels.base import Program
 from fusewright.kernels.choose import candidates
-from fusewright.kernels.gemm_sm90 import HalfProducts
+from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
 
@@ -99,6 +101,73 @@ def test_ping_pong_gives_the_bits_of_cooperation(dtype: torch.dtype, monkeypatch
     error = (results[1].double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.max() < (4e-3 if dtype == torch.bfloat16 else 5e-4)
     assert dtype == torch.bfloat16 or error[[20, 130]].max() < 1e-6
+
+
+def prefer(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this the first choice."""
+    programs = GemmSm90.programs
+
+    def chosen(self: GemmSm90, region: Region, chip: Chip) -> list[Program]:
+        return [replace(p, cost=0.0 if p.variant == variant else 1.0) for p in programs(self, region, chip)]
+
+    monkeypatch.setattr(GemmSm90, "programs", chosen)
+
+
+def silu_and_residual(x: torch.Tensor, w: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    return F.silu(x @ w.T) + tile
+
+
+def test_pairs_take_any_number_of_rows(built: list[Executable], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of row tiles, less than one, whole ones: the second block of a pair may have nothing to do."""
+    prefer("128×192×64 in pairs", monkeypatch)
+    call = torch.compile(silu_and_residual, backend="fusewright", options={"simulate": True, "arch": "sm_90a"})
+    torch.manual_seed(0)
+    w = torch.randn(136, 72, dtype=torch.bfloat16)
+    for rows in (264, 72, 256):
+        x, tile = torch.randn(rows, 72).bfloat16(), torch.randn(rows, 136).bfloat16()
+        for one in (x, tile):
+            torch._dynamo.mark_dynamic(one, 0)
+        expected = silu_and_residual(x.double(), w.double(), tile.double())
+        assert (call(x, w, tile).double() - expected).norm() < 4e-3 * expected.norm()
+    (executable,) = built
+    (program,) = executable.programs.values()
+    assert [(p.cluster, p.early) for p in program.launches] == [((2, 1, 1), True)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "variant"),
+    [
+        # Both operands MN-major, of lines at multiples of 16 bytes; three row tiles.
+        (torch.bfloat16, (264, 136, 72), "128×128×64 ping-pong"),
+        # By one product of halves, in three whole row tiles; a row has lost bits.
+        (torch.float32, (384, 192, 72), "128×96×64"),
+    ],
+    ids=str,
+)
+def test_pairs_give_the_bits_of_blocks_alone(
+    dtype: torch.dtype, sizes: tuple[int, int, int], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HalfProducts, "gain", lambda *_: 1.0)
+    monkeypatch.setattr(HalfProducts, "registers", lambda *_: math.inf)
+    torch.manual_seed(0)
+    m, n, k = sizes
+    x, w, tile = torch.randn(k, m).to(dtype).T, torch.randn(k, n).to(dtype), torch.randn(m, n).to(dtype)
+    x[20] *= 2.0**-24
+    chip = CHIPS["sm_90a"]
+    halves = HalfProducts(chip, tf32=True, library=False) if dtype == torch.float32 else None
+    plan = compiler.plan(from_fx(make_fx(several)(x, w, tile)), (), halves)
+    found = candidates(plan, chip, library=False, tensor_maps=True)
+
+    def run(variant: str) -> list[torch.Tensor]:
+        programs = {name: next((p for p in ps if p.variant == variant), ps[0]) for name, ps in found.items()}
+        assert any(p.variant == variant for p in programs.values())
+        return Executable(plan, programs, SimulatorTarget(chip), torch.device("cpu"))(x, w, tile)
+
+    results = run(f"{variant} in pairs")
+    assert all(map(torch.equal, results, run(variant)))
+    exact = several(x.double(), w.double(), tile.double())[1]
+    error = (results[1].double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < (4e-3 if dtype == torch.bfloat16 else 5e-4)
 
 
 def test_other_chips_have_no_such_kernels(built: list[Executable]) -> None:

@@ -49,8 +49,10 @@ template <class Config> struct GemmSm90 {
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round. So a tensor needs one map for all the products that it takes part in.
     static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
-    // Half panels end a K-major B of other widths; of one that is MN-major the last panel is copied whole.
-    static constexpr int kPanelB = kMajorB == Major::K && kTileN % kPanel ? kPanel / 2 : kPanel;
+    // Of a K-major B narrower panels where whole ones do not make up a block's share; of one that is MN-major the last
+    // panel is copied whole.
+    static constexpr int kShareB = kTileN / kCluster, kDividesShare = kShareB & -kShareB;
+    static constexpr int kPanelB = kMajorB == Major::K && kDividesShare < kPanel ? kDividesShare : kPanel;
     static constexpr int kPanelsA = kTileM / kPanel, kPanelsB = (kTileN + kPanelB - 1) / kPanelB;
     static constexpr int kPlanes = kThreeProducts ? 2 : 1;
     static constexpr int kPlaneA = kPanelsA * kPanelBytes, kPlaneB = kPanelsB * kPanelB * 128;
@@ -227,18 +229,28 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, first_block, k_tiles);
             else
                 compute(sums, ring, memory, first_block, k_tiles);
-            const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
-            if constexpr (kScaled) {
-                if (operands.lost) {
-                    float* slab = memory.slab(threadIdx.x / 32 - 4);
-                    note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
-                }
-                undo_scale(sums, operands);
-            }
-            finish(sums, operands, memory, m, n, epilogue);
+            // The last cluster may have a block too many.
+            if (kCluster == 1 || tiles.m() < operands.M)
+                conclude(sums, tiles, first_block, operands, memory, epilogue);
             if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
             parity ^= 1;
         }
+    }
+
+    // From complete sums to results.
+    template <class Epilogue>
+    __device__ __forceinline__ static void conclude(Sums& sums, const Tiles& tiles, int first_block,
+                                                    const Operands& operands, const Memory& memory,
+                                                    const Epilogue& epilogue) {
+        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
+        if constexpr (kScaled) {
+            if (operands.lost) {
+                float* slab = memory.slab(threadIdx.x / 32 - 4);
+                note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+            }
+            undo_scale(sums, operands);
+        }
+        finish(sums, operands, memory, m, n, epilogue);
     }
 
     // The other group's tile.

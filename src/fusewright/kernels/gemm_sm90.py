@@ -23,6 +23,7 @@ from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.fusion.expression import Apply, walk
 from fusewright.fusion.plan import Gemm, Region
+from fusewright.ir.primitives import PRIMITIVES
 from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels import gemm_simt, gemm_skinny
 from fusewright.kernels.base import Program, Refused, boolean, comment, initialiser, translation_unit
@@ -47,9 +48,11 @@ _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unrol
 
 # Shares of their peak rates that torch's products reach, for comparison.
 _TF32, _FP32 = 0.85, 0.72
-# Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread,
-# with nothing but a store to do and for each operation.
-_LAUNCH, _STORE, _OPERATION = 3e-6, 2e-6 / 128, 0.7e-6 / 128
+# Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread:
+# with nothing but a store to do, for each operation, for each function, and where tiles end beyond the result.
+_LAUNCH, _STORE, _OPERATION, _FUNCTION, _BOUNDED = 3e-6, 1e-6 / 128, 0.1e-6 / 128, 3e-6 / 128, 6e-6 / 128
+# Primitives of an instruction or two, as comparisons are; all others are functions.
+_SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Tile:
     """What one block computes. efficiency: share of the peak rate when the chip is full and copies keep up.
 
     registers: the right operand is rounded in registers. ping_pong: each warpgroup computes whole tiles, in turn.
+    cluster: blocks that lie below each other, of which each fetches a part of the right operand for all.
     """
 
     m: int
@@ -64,20 +68,24 @@ class Tile:
     efficiency: float
     registers: bool = False
     ping_pong: bool = False
+    cluster: int = 1
 
     def __str__(self) -> str:
         how = " in registers" if self.registers else " ping-pong" if self.ping_pong else ""
-        return f"{self.m}×{self.n}×{TILE_K}{how}"
+        return f"{self.m}×{self.n}×{TILE_K}{how}{' in pairs' if self.cluster == 2 else ''}"
 
     @property
     def sums(self) -> int:
         """How many a thread holds."""
         return self.m * self.n // (128 if self.ping_pong else 256)
 
-    @property
-    def panel(self) -> int:
-        """Lines of a K-major right operand that one bulk copy brings."""
-        return PANEL // 2 if self.n % PANEL else PANEL
+    def panel(self, major: str) -> int:
+        """Lines of a right operand of `major` that one bulk copy brings."""
+        return math.gcd(PANEL, self.n // self.cluster) if major == "K" else PANEL
+
+    def pairs(self, major: str) -> bool:
+        """Whether two blocks can fetch equal parts of a right operand of `major`."""
+        return major == "K" or -(-self.n // PANEL) % 2 == 0
 
     def stage(self, products: int, major: str) -> tuple[int, int]:
         """Bytes of the left and of the right operand, of `major`, in a stage of the ring: whole panels."""
@@ -93,28 +101,27 @@ class Tile:
         return stages, rest + stages * stage
 
 
-# By number of products. Efficiencies as in docs/lab/gemm.md: measured for 128×128, 128×256 and 256×128, else by what
-# tensor cores and copies move through shared memory (step 27). 256×192 would spill.
+# By number of products. Efficiencies as measured (docs/lab/gemm.md, step 27). 256×192 would spill.
 TILES = {
     1: (
         Tile(128, 256, 0.81),
         Tile(256, 128, 0.80),
         Tile(128, 128, 0.77, ping_pong=True),
         Tile(128, 128, 0.77),
-        Tile(256, 160, 0.80),
-        Tile(128, 224, 0.80),
-        Tile(128, 192, 0.80),
-        Tile(128, 160, 0.79),
-        Tile(128, 96, 0.68),
-        Tile(128, 64, 0.55),
+        Tile(256, 160, 0.81),
+        Tile(128, 224, 0.79),
+        Tile(128, 192, 0.79),
+        Tile(128, 160, 0.77),
+        Tile(128, 96, 0.70),
+        Tile(128, 64, 0.48),
     ),
-    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.62)),
+    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.64)),
 }
 IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
 
 # Bytes a second that bulk copies bring to one multiprocessor, and to all, by what lines of an operand lie at multiples
 # of, in elements (step 27). Where they are multiples of 128 bytes copies are seldom the limit.
-_COPIES, _ALL_COPIES = 100e9, ((64, 13.2e12), (16, 8.3e12), (_LINE, 5.6e12))
+_COPIES, _ALL_COPIES = 100e9, ((64, 13.2e12), (32, 10.6e12), (16, 9.3e12), (_LINE, 5.6e12))
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class GemmSm90:
             return Refused(self.name, "float32 operands that are not split into halves")
         if evaluate_typical(gemm.a.shape[1]) < _LEAST_K[1]:
             return Refused(self.name, f"sums of fewer than {_LEAST_K[1]} products")
-        for operand in (Operand("a", gemm.a), Operand("b", gemm.b)):
+        for operand in _operands(gemm):
             if operand.major == "Strided":
                 return Refused(self.name, f"operand {operand.name} has no contiguous dimension")
             if not _copies_in_bulk(operand):
@@ -147,7 +154,7 @@ class GemmSm90:
         assert gemm is not None
         make = _split_program if gemm.encoded else _direct_program
         tiles = IN_REGISTERS if _in_registers(gemm) else TILES[_products(gemm)]
-        programs = [make(self.name, region, tile, chip) for tile in tiles]
+        programs = [make(self.name, region, tile, chip) for tile in (*tiles, *_pairs(gemm, tiles, chip))]
         return sorted(programs, key=lambda p: p.cost)
 
 
@@ -209,6 +216,31 @@ def _in_registers(gemm: Gemm) -> bool:
     return gemm.encoded is not None and not gemm.encoded[1].halves.planes
 
 
+def _operands(gemm: Gemm) -> tuple[Operand, Operand]:
+    return Operand("a", gemm.a), Operand("b", gemm.b)
+
+
+def _split_operands(gemm: Gemm) -> tuple[SplitOperand, SplitOperand]:
+    assert gemm.encoded is not None
+    a, b = gemm.encoded
+    return SplitOperand("a", gemm.a, a), SplitOperand("b", gemm.b, b)
+
+
+def _pairs(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
+    """Of tiles that wait for copies when the chip is full those in clusters of two. In registers it is the left
+    operand that they would share, whose lines are never the slow ones."""
+    a, b = _split_operands(gemm) if gemm.encoded else _operands(gemm)
+    if _in_registers(gemm):
+        return []
+    products, all_of = _products(gemm), chip.multiprocessors
+
+    def waits(tile: Tile) -> bool:
+        return _copied(tile, products, Copies.of(a, b, tile), all_of) > _multiplied(tile, products, chip)
+
+    # Of one row of tiles the second block would have nothing to do.
+    return [replace(t, cluster=2) for t in tiles if waits(t) and t.pairs(b.major) and blocks(a.extent, t.m) != 1]
+
+
 def _copies_in_bulk(operand: Operand) -> bool:
     stride = operand.line_stride
     return stride != 0 and divides(_LINE, stride) is not None
@@ -218,7 +250,7 @@ def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Prog
     """16-bit operands as they lie."""
     gemm = region.gemm
     assert gemm is not None
-    a, b = Operand("a", gemm.a), Operand("b", gemm.b)
+    a, b = _operands(gemm)
     launches = [_launch(region, tile, a, b, chip)]
     if not isinstance(gemm.a.shape[1], int):  # a sum of nothing: there are no maps of empty tensors
         empty = gemm_launch(region, _PATCH)
@@ -229,8 +261,8 @@ def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Prog
 def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
     """float32 operands by their halves: multiply, patch."""
     gemm = region.gemm
-    assert gemm is not None and gemm.encoded is not None
-    a, b = (SplitOperand(n, m, e) for n, m, e in zip("ab", (gemm.a, gemm.b), gemm.encoded, strict=True))
+    assert gemm is not None
+    a, b = _split_operands(gemm)
     # Of few products only float32 sums are accurate enough; of none there is nothing to split.
     least = _LEAST_K[3] if _products(gemm) == 3 else 1
     guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least, chip)
@@ -250,7 +282,7 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
-    args: list[Arg] = [a.tensor_map(), b.tensor_map(tile.panel if b.major == "K" else PANEL)]
+    args: list[Arg] = [a.tensor_map(), b.tensor_map(tile.panel(b.major))]
     args += [SizeArg(s) for s in (a.extent, b.extent, gemm.a.shape[1])]
     passed = [f"{{{left.name}", right.name, *sizes]
     for operand in (left, right):
@@ -279,7 +311,8 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
             _instantiation(element, tile, ring, products, vector, left, right),
             "\n".join(kernel),
         ),
-        grid=(smaller(_tiles(a, b, tile) * _one_or_none(gemm.a.shape[1]), chip.multiprocessors), 1, 1),
+        grid=(_clusters(a, b, tile, gemm.a.shape[1], chip) * tile.cluster, 1, 1),
+        cluster=(tile.cluster, 1, 1),
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=ring[1],
@@ -293,9 +326,10 @@ def _tiles(a: Operand, b: Operand, tile: Tile) -> Size:
     return blocks(a.extent, tile.m) * blocks(b.extent, tile.n)
 
 
-def _one_or_none(size: Size) -> Size:
-    """A factor that leaves no blocks where there is nothing to sum."""
-    return 1 if isinstance(size, int) else sympy.Min(size, 1)
+def _clusters(a: Operand, b: Operand, tile: Tile, k: Size, chip: Chip) -> Size:
+    """As many as there is work for, at most as many as run at once; none where there is nothing to sum."""
+    wanted = blocks(a.extent, tile.m * tile.cluster) * blocks(b.extent, tile.n)
+    return smaller(wanted * (1 if isinstance(k, int) else sympy.Min(k, 1)), chip.multiprocessors // tile.cluster)
 
 
 def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, epilogue: bool) -> LaunchSpec | None:
@@ -311,11 +345,12 @@ def _instantiation(
     element: str, tile: Tile, ring: tuple[int, int], products: int, vector: int, a: Operand, b: Operand
 ) -> str:
     stages, shared_bytes = ring
+    promote = 32 if products == 3 else TILE_K
     kernel, m, n = ("GemmSm90Registers", tile.n, tile.m) if tile.registers else ("GemmSm90", tile.m, tile.n)
     return f"""struct Config {{
     using Element = {element};
     static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {stages};
-    static constexpr int kCluster = 1, kPromote = {32 if products == 3 else TILE_K}, kGroup = 8, kVector = {vector};
+    static constexpr int kCluster = {tile.cluster}, kPromote = {promote}, kGroup = 8, kVector = {vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
     static constexpr bool kScaled = {boolean(isinstance(a, SplitOperand))}, kPingPong = {boolean(tile.ping_pong)};
     static constexpr bool kWhole = {boolean(tiled((a.extent, b.extent), (m, n)))};
@@ -346,9 +381,9 @@ class Copies:
     def of(cls, a: Operand, b: Operand, tile: Tile) -> Copies:
         return cls(b.major, _copy_rate(a, PANEL), _copy_rate(b, tile.n))
 
-    def seconds(self, left: int, right: int, active: float) -> float:
-        """To bring so much of each operand to as many multiprocessors as are active."""
-        return left / min(_COPIES, self.left / active) + right / min(_COPIES, self.right / active)
+    def seconds(self, left: int, right: int, active: float, cluster: int) -> float:
+        """To bring so much of each operand to as many multiprocessors as are active, the right one once a cluster."""
+        return left / min(_COPIES, self.left / active) + right / min(_COPIES, self.right * cluster / active)
 
 
 def _copy_rate(operand: Operand, width: int) -> float:
@@ -363,26 +398,38 @@ def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Ch
     gemm = region.gemm
     assert gemm is not None
     m, n, k = (evaluate_typical(s) for s in (a.extent, b.extent, gemm.a.shape[1]))
-    operations = sum(isinstance(e, Apply) for e in walk(s.value for s in region.sinks))
-    return _seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, operations)
+    computed = [e.op for e in walk(s.value for s in region.sinks) if isinstance(e, Apply)]
+    functions = sum(op not in _SIMPLE and not PRIMITIVES[op].boolean for op in computed)
+    epilogue = _STORE + _OPERATION * (len(computed) - functions) + _FUNCTION * functions
+    return _seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, epilogue)
+
+
+def _multiplied(tile: Tile, products: int, chip: Chip) -> float:
+    """Of the tensor cores, for one step of the ring."""
+    flops = 2 * tile.m * tile.n * products * TILE_K
+    return flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
+
+
+def _copied(tile: Tile, products: int, copies: Copies, active: float) -> float:
+    """Of the copies that bring a step's operands to so many multiprocessors."""
+    return copies.seconds(*tile.stage(products, copies.major), active, tile.cluster)
 
 
 def _seconds(
-    m: float, n: float, k: float, tile: Tile, products: int, copies: Copies, chip: Chip, operations: int = 0
+    m: float, n: float, k: float, tile: Tile, products: int, copies: Copies, chip: Chip, epilogue: float = _STORE
 ) -> float:
-    """Predicted: waves of whole tiles, the last of what is left over, at the rate of the tensor cores or of the copies
-    that bring operands; and each wave's epilogue, of so many operations. In ping-pong all epilogues but the last run
-    beside products, as far as these last."""
-    steps, flops = -(-k // TILE_K), 2 * tile.m * tile.n * products * TILE_K
-    multiplied = flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
-    operands = tile.stage(products, copies.major)
+    """Predicted: waves of whole tiles, the last of what is left over; and each wave's epilogue, of so many seconds a
+    sum. In ping-pong all epilogues but the last run beside products, as far as these last. Tiles that end beyond the
+    result finish late."""
+    steps, at_once = -(-k // TILE_K), chip.multiprocessors // tile.cluster * tile.cluster
+    full, rest = divmod(-(-m // (tile.m * tile.cluster)) * tile.cluster * -(-n // tile.n), at_once)
 
     def wave(tiles: float) -> float:
-        return float(steps * max(multiplied, copies.seconds(*operands, tiles))) if tiles else 0.0
+        return steps * max(_multiplied(tile, products, chip), _copied(tile, products, copies, tiles)) if tiles else 0.0
 
-    full, rest = divmod(-(-m // tile.m) * -(-n // tile.n), chip.multiprocessors)
-    waves, main = full + (rest > 0), full * wave(chip.multiprocessors) + wave(rest)
-    epilogue = tile.sums * (_STORE + _OPERATION * operations)
+    waves, main = full + (rest > 0), full * wave(at_once) + wave(rest)
+    finish = tile.sums * epilogue
+    late = tile.sums * _BOUNDED if m % tile.m or n % tile.n else 0.0
     if tile.ping_pong:
-        return _LAUNCH + main + max(0.0, (epilogue - main / waves) / 2) * (waves - 1) + epilogue
-    return _LAUNCH + main + waves * epilogue
+        return _LAUNCH + main + max(0.0, (finish - main / waves) / 2) * (waves - 1) + finish + late
+    return _LAUNCH + main + waves * finish + late
