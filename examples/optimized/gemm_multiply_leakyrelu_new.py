@@ -391,8 +391,8 @@ struct SplitF16 {
 }  // namespace fusewright
 
 // ======== launch.cuh
-// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel may begin while the one before
-// it in the stream still ends, which hides what a launch costs, and waits for it before it touches memory.
+// Launches that overlap (programmatic dependent launch, PTX ISA "griddepcontrol"): a kernel begins as soon as the last
+// blocks of the one before it have left, which hides what a launch costs, and waits for it before it touches memory.
 // The simulator has its own version of this file.
 
 namespace fusewright {
@@ -406,7 +406,8 @@ __device__ __forceinline__ void launch_before_wait() {
 #endif
 }
 
-// Lets the next launch begin once every block of this one has come here or left: it takes no place from this one's.
+// Lets the next launch begin once every block of this one has come here or left. Only where the next one has something
+// to do meanwhile: one that merely waits has been seen to slow this one.
 __device__ __forceinline__ void launch_after_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -756,7 +757,9 @@ template <int kBlocksM, int kSums> struct LostBits {
     const int64_t M, N, K;
 
     // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
-    // alone, where magnitudes may lie: they are read first.
+    // alone, where magnitudes may lie: they are read first. Each look is for fewer warps and takes longer than the one
+    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on),
+    // beside the largest that they are (one in five hundred), and all sums by line.
     __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
@@ -764,9 +767,18 @@ template <int kBlocksM, int kSums> struct LostBits {
 #pragma unroll
             for (int i = 0; i < kSums; ++i)
                 smallest = fminf(smallest, sums[block][i] != 0 ? fabsf(sums[block][i]) : 0x1p126f);
-        // The largest that operands can be: where even for those all is well, no magnitude is read.
-        const bool seldom = __any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f));
-        return seldom && lost_line(sums, slab, m, n);
+        if (!__any_sync(~0u, lossy(smallest, 0x1p16f, 0x1p16f))) return false;
+        float of_row[kBlocksM], of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block) {
+            of_row[block] = magnitude(a, m + block * 64 + threadIdx.x % 16, M);
+            of_a = fmaxf(of_a, of_row[block]);
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < 2 * kSums; i += 32) of_b = fmaxf(of_b, magnitude(b, n + i, N));
+        of_a = largest_of_warp(of_a), of_b = largest_of_warp(of_b);
+        if (!__any_sync(~0u, lossy(smallest, of_a, of_b))) return false;
+        return lost_line(sums, slab, n, of_row, of_a, of_b);
     }
 
   private:
@@ -778,15 +790,10 @@ template <int kBlocksM, int kSums> struct LostBits {
     }
 
     // What seldom runs is short: 32 columns at a time, a lane for each, go through the slab, and the sums go round.
-    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
+    __device__ __forceinline__ bool lost_line(float (&sums)[kBlocksM][kSums], float* slab, int n,
+                                              const float (&of_row)[kBlocksM], float of_a, float of_b) const {
         const int lane = threadIdx.x % 32;
-        float of_row[kBlocksM], rows[kBlocksM] = {}, of_a = 0, of_b = 0;  // of lanes 0 to 15 a row each
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block) {
-            of_row[block] = magnitude(a, m + block * 64 + lane % 16, M);
-            of_a = fmaxf(of_a, of_row[block]);
-        }
-        of_a = largest_of_warp(of_a);
+        float rows[kBlocksM] = {};
         bool lost = false;
 #pragma unroll 1
         for (int first = n; first < n + 2 * kSums; first += 32) {
@@ -803,11 +810,8 @@ template <int kBlocksM, int kSums> struct LostBits {
                 }
                 turn_round<16>(sums[block]);
             }
-            const float of_column = magnitude(b, first + lane, N);
-            of_b = fmaxf(of_b, of_column);
-            lost |= lossy(largest, of_a, of_column);
+            lost |= lossy(largest, of_a, magnitude(b, first + lane, N));
         }
-        of_b = largest_of_warp(of_b);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) lost |= lossy(rows[block], of_row[block], of_b);
         return __any_sync(~0u, lost);
@@ -967,7 +971,6 @@ template <class Config> struct GemmSm90 {
         const typename Kernel::Memory memory{shared + (-shared_address(shared) & 1023)};
         setup(operands, memory);
         launch_before_wait();
-        launch_after_begin();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
             if (threadIdx.x == 0) produce<Kernel>(operands, memory);
@@ -1689,7 +1692,6 @@ sample_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, int* __restrict__ samples) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     if (blockIdx.y == 1) matrix = {x1, stride1, lines1, length1, halves1, /*Planes*/2};
     fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
@@ -1705,7 +1707,6 @@ split_f16x2_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0,
     int* halves0, const float* __restrict__ x1, int64_t stride1, int64_t lines1, int64_t length1,
     int* halves1, const int* __restrict__ samples, int64_t samples_each, int64_t blocks0, int64_t blocks1) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     int64_t block = blockIdx.x, blocks = blocks0;
     if (block >= blocks) {
@@ -1798,7 +1799,6 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1903,7 +1903,6 @@ fused_addmm_mul_leaky_relu_patch(const float* __restrict__ a, int64_t a_row_stri
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     const float* __restrict__ bias, float* __restrict__ out, uint8_t* __restrict__ mask) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, N, K}, /*ByLine*/true), lost, M, N};
@@ -1961,7 +1960,6 @@ fused_leaky_relu_backward_mul_sum(int64_t rows, int64_t cols, int64_t rows_per_s
     const uint8_t* __restrict__ mask, const float* __restrict__ grad, float* __restrict__ t1,
     float* __restrict__ out1) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     Kernel::run(rows, cols, rows_per_split, Epilogue{mask, grad, t1, out1});
 }
 
@@ -1974,7 +1972,6 @@ __global__ void __launch_bounds__(256)
 sample_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     int* __restrict__ samples) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);
 }
@@ -1988,7 +1985,6 @@ __global__ void __launch_bounds__(256)
 split_f16x2(const float* __restrict__ x0, int64_t stride0, int64_t lines0, int64_t length0, int* halves0,
     const int* __restrict__ samples, int64_t samples_each, int64_t blocks0) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     fusewright::SplitMatrix matrix = {x0, stride0, lines0, length0, halves0, /*Planes*/2};
     int64_t block = blockIdx.x, blocks = blocks0;
     fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));
@@ -2060,7 +2056,6 @@ fused_mm_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_st
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, K, M}, /*ByLine*/false),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N, K < 128};
@@ -2138,7 +2133,6 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
     const int* __restrict__ a_halves, const int* __restrict__ b_halves, const uint8_t* __restrict__ lost,
     float* __restrict__ out2) {
     fusewright::launch_before_wait();
-    fusewright::launch_after_begin();
     const fusewright::SplitPatch<128, 128, Gemm::kThreads, 128, 128> patch{
         fusewright::SplitOperand::of(a_halves, {2, M, K}, /*ByLine*/true),
         fusewright::SplitOperand::of(b_halves, {2, K, N}, /*ByLine*/false), lost, M, N};
@@ -2589,7 +2583,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2597,7 +2591,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2618,7 +2612,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2627,7 +2621,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2641,7 +2635,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2653,13 +2647,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_e8203c135169::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_7a95fcdb6236::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_e8203c135169, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_7a95fcdb6236, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2667,7 +2661,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_e8203c135169, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_7a95fcdb6236, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2675,7 +2669,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_7a95fcdb6236, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2683,7 +2677,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_e8203c135169, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_7a95fcdb6236, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
@@ -2697,7 +2691,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_e8203c135169",
+        name="fusewright_gemm_multiply_leakyrelu_7a95fcdb6236",
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=[
@@ -2727,9 +2721,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_7a95fcdb6236.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_7a95fcdb6236.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2741,7 +2735,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_e8203c135169.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_7a95fcdb6236.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
