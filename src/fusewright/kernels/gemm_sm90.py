@@ -155,9 +155,7 @@ class GemmSm90:
         make = _split_program if gemm.encoded else _direct_program
         tiles = IN_REGISTERS if _in_registers(gemm) else TILES[_products(gemm)]
         programs = [make(self.name, region, tile, chip) for tile in (*tiles, *_pairs(gemm, tiles, chip))]
-        if (
-            _products(gemm) == 3
-        ):  # the first is as good as any where it fills the chip: no other is worth compiling there
+        if _products(gemm) == 3:  # where the first fills the chip no other is better, nor worth compiling
             programs = [p for p in programs if p.cost <= programs[0].cost]
         return sorted(programs, key=lambda p: p.cost)
 
@@ -391,8 +389,8 @@ class Copies:
 
 
 def _copy_rate(operand: Operand, width: int) -> float:
-    """width: of the tile; where lines run across K copies begin at multiples of it. What cannot be copied in bulk counts
-    as the slowest."""
+    """width: of the tile; where lines run across K copies begin at multiples of it. What cannot be copied in bulk
+    counts as the slowest."""
     line, known = operand.line_stride, operand.major == "K"
     rates = (r for s, r in _ALL_COPIES if divides(s, line) is not None and (known or width % s == 0))
     return next(rates, _ALL_COPIES[-1][1])
