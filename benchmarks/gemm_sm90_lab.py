@@ -104,7 +104,7 @@ def tiles() -> Iterator[Experiment]:
     for n, s in ((64, 4), (96, 3), (128, 3)):
         yield Experiment(f"tile f16x3 128×{n} full", with_(F16X3, tile=(128, n), stages=s), [full])
         yield Experiment(f"tile f16x3 128×{n} small", with_(F16X3, tile=(128, n), stages=s), [(672, 640, 1920)])
-    for name in ("128×128 ping-pong", "128×96", "128×192", "128×224", "256×160"):
+    for name in ("128×128 ping-pong", "128×96", "128×160", "128×192", "128×224", "256×160"):
         for shape in ((7296, 648, 3848), (7296, 648, 3840), (3328, 1536, 1960), (3328, 1536, 1920)):
             for cluster in (1, 2) if shape[2] % 64 else (1,):
                 config = with_(plain[name], cluster=cluster)

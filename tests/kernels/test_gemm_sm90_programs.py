@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fusewright.chip import CHIPS
+from fusewright.codegen.host import HostPrinter, Kernels
 from fusewright.codegen.launch import LaunchSpec, TensorMapArg
 from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
 from fusewright.ir.encoding import Halves
@@ -312,6 +313,8 @@ def test_grids_of_pairs(m: int, n: int, grid: int) -> None:
     """Whole clusters, also of an odd number of row tiles. A single one has none."""
     launch = next(p.launches[0] for p in programs(torch.bfloat16, m, n, 200) if p.variant == "128×256×64 in pairs")
     assert (launch.grid, launch.cluster) == ((grid, 1, 1), (2, 1, 1)) and "kCluster = 2" in launch.source
+    printed = HostPrinter("f", plan_of(torch.relu, torch.randn(8)), {}, Kernels()).launch(launch, {})
+    assert f"{{{grid}, 1, 1, 384, {launch.shared_bytes}, true, 2}}" in "".join(printed)
     assert not any("pairs" in p.variant for p in programs(torch.bfloat16, 128, n, 200) if p.variant[:3] == "128")
 
 
