@@ -147,7 +147,7 @@ def precision(result: Result) -> str:
             error = f"{found['errors']['fusewright']['over_eager']:.2f}×"
             rows.append([f"{flag}, {mode}", _ms(times.get("eager")), _ms(times.get("inductor")), *ours, error])
     note = "\nMilliseconds; in brackets times faster than the best baseline, with CUDA graphs where ours has them. "
-    note += "Error: of forward, Frobenius.\n"
+    note += "Device alone: all of a call is queued beforehand. Error: of forward, Frobenius.\n"
     return grid(header, rows) + note + source(result)
 
 

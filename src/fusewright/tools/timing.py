@@ -62,9 +62,16 @@ class Timing:
 
 
 def interleaved(
-    candidates: Mapping[str, Candidate], trials: int = TRIALS, progress: Progress = lambda done, total: None
+    candidates: Mapping[str, Candidate],
+    trials: int = TRIALS,
+    progress: Progress = lambda done, total: None,
+    *,
+    queued: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Times every candidate, in turns. A candidate that raises is reported as {"failed": why}."""
+    """Times every candidate, in turns. A candidate that raises is reported as {"failed": why}.
+
+    queued: the device idles until all of a call is queued: the time is the device's alone, whatever the host does.
+    """
     failed = {name: why for name, c in candidates.items() if (why := _warm_up(c))}
     names = [name for name in candidates if name not in failed]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
@@ -73,7 +80,7 @@ def interleaved(
     for trial in range(trials):
         progress(trial, trials)
         for name in order.sample(names, len(names)):
-            times[name].append(_trial(candidates[name], flush))
+            times[name].append(_trial(candidates[name], flush, queued))
     measured = {name: asdict(Timing.of(times[name])) for name in names}
     return measured | {name: {"failed": why} for name, why in failed.items()}
 
@@ -89,10 +96,12 @@ def _warm_up(candidate: Candidate) -> str | None:
     return None
 
 
-def _trial(candidate: Candidate, flush: torch.Tensor) -> float:
+def _trial(candidate: Candidate, flush: torch.Tensor, queued: bool) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     candidate.prepare()
     torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
     flush.zero_()
     start.record()
     result = candidate.run()
