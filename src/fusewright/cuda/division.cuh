@@ -1,6 +1,6 @@
 // Division by what is at least 1, or NaN, without a branch: the compiler's own has a range check and a call, which keep it
-// from interleaving what neighbouring values compute. Results are those of IEEE division, except that those below 2^-126
-// may be rounded twice.
+// from interleaving what neighbouring values compute. Results are those of IEEE division, but those below 2^-126 may be
+// rounded twice.
 #pragma once
 #include "approximate.cuh"
 

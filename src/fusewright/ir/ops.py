@@ -161,21 +161,21 @@ def _gelu_backward(g: Value, x: Value, approximate: str = "none") -> Value:
 
 
 def _tanh_softplus(x: Value) -> Value:
-    """tanh(log1p(e)) with e = exp(x), as the quotient that it is: 31 instructions in place of 53 in all of mish.
+    """tanh(log1p(e)) with e = exp(x), as the quotient that it is, by a reciprocal: half of the instructions.
 
     Beyond 20 it is 1 in float64, too, and e² would overflow.
     """
     e = exp(minimum(x, 20))
     n = e * (e + 2)
-    return n / (n + 2)
+    return n * (1 / (n + 2))
 
 
 def _mish_backward(g: Value, x: Value) -> Value:
-    """With t = n / d as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) / d²; nothing beyond 20."""
+    """With t = n r as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) r²; nothing beyond 20."""
     e = exp(minimum(x, 20))
     n = e * (e + 2)
-    d = n + 2
-    return g * (n / d + x * where(x < 20, 4 * e * (e + 1) / (d * d), 0))
+    r = 1 / (n + 2)
+    return g * (n * r + x * where(x < 20, 4 * e * (e + 1) * (r * r), 0))
 
 
 def _softplus(x: Value, beta: float = 1, threshold: float = 20) -> Value:
@@ -385,7 +385,7 @@ ROWS: dict[str, Row] = {
     "sigmoid": Row(_sigmoid),
     "sigmoid_backward": Row(lambda g, y: g * (1 - y) * y),
     "tanh_backward": Row(lambda g, y: g * (1 - y * y)),
-    "silu": Row(lambda x: x / (1 + exp(-x))),
+    "silu": Row(lambda x: x * _sigmoid(x)),
     "silu_backward": Row(_silu_backward),
     "mish": Row(lambda x: x * _tanh_softplus(x)),
     "mish_backward": Row(_mish_backward),
