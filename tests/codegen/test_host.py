@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fusewright.codegen.host import Result, cxx, permitted, tensor_inputs
+from fusewright.codegen.host import HostPrinter, Kernels, Result, cxx, permitted, tensor_inputs
 from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, TensorMapArg
 from fusewright.codegen.text import WIDTH, call
 from fusewright.errors import NoKernel
-from fusewright.fusion.plan import View
+from fusewright.fusion.plan import FusionPlan, View
 from fusewright.ir.size import evaluate
 from model_files import Written, model, varied, written
 
@@ -112,6 +113,21 @@ def kernels_of(text: str) -> str:
     return text.split("// ======== inference")[1].split("// ======== host code")[0]
 
 
+@pytest.mark.parametrize(
+    ("early", "ahead", "cluster", "shape"),
+    [
+        (True, (), 1, "{1, 1, 1, 32, 0}"),
+        (False, (), 1, "{1, 1, 1, 32, 0, false, 1}"),
+        (True, ("x",), 1, "{1, 1, 1, 32, 0, false, 1}"),  # the step before may be left out
+        (True, (), 2, "{1, 1, 1, 32, 0, true, 2}"),
+    ],
+)
+def test_what_reads_ahead_is_launched_in_order(early: bool, ahead: tuple[str, ...], cluster: int, shape: str) -> None:
+    launch = replace(spec(), early=early, ahead=ahead, cluster=(cluster, 1, 1))
+    printer = HostPrinter("f", FusionPlan((), (), {}, (), ()), {}, Kernels())
+    assert printer.launch(launch, {}) == [f"launch(f_kernel::kernel, {shape});"]
+
+
 # ---- kernels
 
 
@@ -144,8 +160,7 @@ template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunc
     f(a...);
     return cudaSuccess;
 }
-#define cudaGetDevice(device) cudaSuccess
-#define cudaDeviceGetAttribute(value, attribute, device) (*(value) = 9, cudaSuccess)
+#define __CUDA_ARCH_LIST__ 900, 1000
 namespace c10::cuda { inline cudaStream_t getCurrentCUDAStream() { return nullptr; } }
 struct Guard { explicit Guard(c10::Device) {} };
 namespace fusewright { struct alignas(64) TensorMap { unsigned char opaque[128]; }; }

@@ -20,7 +20,7 @@ from fusewright.kernels.gemm_skinny import GemmSkinny, seconds
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
 from fusewright.runtime.target import SimulatorTarget
-from graphs import planned
+from graphs import planned, planned_module
 
 HOPPER = chip_for("sm_90a")
 FAMILY = GemmSkinny()
@@ -244,6 +244,23 @@ def test_only_weights_from_before_the_call_are_read_ahead() -> None:
     }
     first, second, made = ahead
     assert ahead == {first: (), second: (second,), made: ()}
+
+
+@pytest.mark.parametrize(("changing", "ahead"), [("", True), ("xy", False), ("y", True), ("x", False)])
+def test_nothing_is_read_ahead_beside_a_launch_that_may_have_nothing_to_do(changing: str, ahead: bool) -> None:
+    """An empty batch launches nothing, and what ran before the call may still write the weight."""
+    x, y, w, v = torch.randn(4, 64), torch.randn(5, 64), torch.randn(64, 64), torch.randn(64, 64)
+    for name, tensor in (("x", x), ("y", y)):
+        if name in changing:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    run, record = planned_module(lambda x, y, w, v: (F.linear(x, w), F.linear(y, v)))
+    run(x, y, w, v)
+    (plan,) = record.plans
+    first, second = (
+        next(p for p in programs if p.family == "gemm_skinny")
+        for programs in candidates(plan, HOPPER, library=False).values()
+    )
+    assert not first.launches[0].ahead and bool(second.launches[0].ahead) is ahead
 
 
 def test_vectors_that_all_rows_read_are_prefetched() -> None:

@@ -199,8 +199,10 @@ class HostPrinter:
             raise NoKernel(f"{launch.kernel} has blocks or clusters of several dimensions, which are not written")
         name = self.kernels.name(launch, self.name)
         shape = [*(cxx(g) for g in launch.grid), str(launch.block[0]), str(launch.shared_bytes)]
-        if not launch.early or launch.cluster[0] > 1:
-            shape += ["true" if launch.early else "false", str(launch.cluster[0])]
+        # What reads ahead relies on the step before, which a backward may leave out.
+        early = launch.early and not launch.ahead
+        if not early or launch.cluster[0] > 1:
+            shape += ["true" if early else "false", str(launch.cluster[0])]
         lines = []
         for arg in launch.args:
             if isinstance(arg, TensorMapArg) and arg not in maps:

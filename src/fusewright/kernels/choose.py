@@ -11,7 +11,7 @@ import sympy
 from fusewright.chip import Chip
 from fusewright.errors import UnsupportedDtype
 from fusewright.fusion.plan import FusionPlan, Gemm, Region
-from fusewright.ir.size import TYPICAL_SIZE
+from fusewright.ir.size import TYPICAL_SIZE, Size
 from fusewright.kernels.base import Family, Program, Refused
 from fusewright.kernels.gemm_simt import GemmSimt
 from fusewright.kernels.gemm_skinny import GemmSkinny, with_more_rows
@@ -64,14 +64,21 @@ def contenders(found: Sequence[Program]) -> list[Program]:
 
 
 def _may_read_ahead(plan: FusionPlan) -> set[str]:
-    """Regions whose launch may read before the one before it has ended: that one is of the same call, and what is read
-    ahead was there before the call. What runs before a call, such as an optimizer, may have written anything."""
+    """Regions whose launch may read before the one before it has ended: that one is of the same call, where both have
+    something to do, and what is read ahead was there before the call. What runs before a call, such as an optimizer,
+    may have written anything."""
     written = {name for step in plan.steps for name in step.writes()}
     return {
         step.name
         for before, step in pairwise(plan.steps)
         if isinstance(before, Region) and isinstance(step, Region) and step.gemm and step.gemm.b.buffer not in written
+        if _changing(before) <= _changing(step)
     }
+
+
+def _changing(region: Region) -> set[Size]:
+    """The sizes that may be 0, so that nothing is launched."""
+    return {n for n in (*region.rows, region.columns) if not isinstance(n, int)}
 
 
 def _in_order(program: Program) -> Program:

@@ -41,12 +41,16 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
-// Whether a launch may begin while the one before it still ends.
-bool can_overlap() {
-    int device = 0, major = 0;
-    C10_CUDA_CHECK(cudaGetDevice(&device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major >= 9;
+// Whether a launch may begin while the one before it still ends: whether all kernels here are compiled for chips that can,
+// and so wait. What they were compiled for counts, not the chip, which may run code for an older one.
+constexpr bool can_overlap() {
+#if defined(__CUDA_ARCH_LIST__)
+    for (int arch : {__CUDA_ARCH_LIST__})
+        if (arch < 900) return false;
+    return true;
+#else
+    return false;
+#endif
 }
 
 // early: the kernel waits for the launch before it itself (launch_before_wait).
