@@ -230,8 +230,8 @@ def sweep(result: Result) -> str:
     note = (
         f"\nSpeedup: the time of `torch.compile` (cuBLAS, then Inductor's fused epilogue) over that of our kernels "
         f"alone, in inference; medians of {result['trials']} trials; shapes and epilogues drawn from seed "
-        f"{result['seed']}. Floor: the same mean if cuBLAS's fp16 products (three, or one where TF32 is allowed) and a "
-        f"copy's rate for splitting the operands were all that a call took.\n"
+        f"{result['seed']}. Floor: the same mean if fp16 products (three, or one where TF32 is allowed) and the bytes "
+        "of splitting operands ran at the rates of a large product and a large copy, and nothing else took time.\n"
     )
     five = [row for name, _ in precisions for row in _worst_five(result["cases"], name)]
     return grid(header, rows) + note + "\nThe worst five of each:\n\n" + grid(worst, five) + source(result)

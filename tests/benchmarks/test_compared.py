@@ -264,6 +264,6 @@ def test_ours_with_cuda_graphs_is_beside_all_and_ours_without_beside_those_witho
 
 
 def test_the_floor_of_a_float32_product_has_its_fp16_products_and_the_bytes_of_splitting() -> None:
-    case = sweep.Case(1000, 2000, 500, ())
-    both, kept = (sweep.floor_ms(case, sweep.PRECISIONS[n], 0.1, 1e9) for n in ("float32", "TF32, frozen"))
-    assert both == pytest.approx(0.3 + 1.5e6 * 8 / 1e9 * 1e3) and kept == pytest.approx(0.1 + 0.5e6 * 6 / 1e9 * 1e3)
+    rates = {"fp16_flop_per_s": 2e12, "copy_bytes_per_s": 1e9}
+    both, kept = (sweep.floor_ms(1000, 2000, 500, sweep.PRECISIONS[n], rates) for n in ("float32", "TF32, frozen"))
+    assert both == pytest.approx(3 * 1.0 + 1.5e6 * 8 / 1e9 * 1e3) and kept == pytest.approx(1.0 + 0.5e6 * 6 / 1e9 * 1e3)
