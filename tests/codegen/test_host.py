@@ -7,8 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fusewright.codegen.text import WIDTH, call
 from fusewright.errors import NoKernel
 from fusewright.fusion.plan import FusionPlan, View
 from fusewright.ir.size import evaluate
+from fusewright.runtime.nvrtc import DEVICE_CODE, compile_cubin
 from model_files import Written, model, varied, written
 
 N, M = sympy.symbols("n m", integer=True, positive=True)
@@ -145,6 +147,37 @@ def test_what_never_runs_is_left_out() -> None:
     text = varied("tensor cores").text
     forward, backward = (text.split(f" fusewright_{n}(")[1].split("\n}\n")[0] for n in ("fused", "backward"))
     assert forward.count("launch(") == 1 and "std::min<int64_t>(1, batch)" in backward
+
+
+SKINNY = """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(1024, 1024, dtype=torch.{dtype})
+
+    def forward(self, x):
+        return F.silu(self.gemm(x))
+"""
+
+
+def skinny(dtype: str) -> Written:
+    return written(model(SKINNY.format(dtype=dtype), inputs=f"torch.rand(16, 1024, dtype=torch.{dtype})"))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(partial(varied, name) for name in ("tensor cores", "float32 halves", "float16")),
+        *(partial(skinny, dtype) for dtype in ("float32", "float16", "bfloat16")),
+    ],
+)
+def test_kernels_compile_inside_their_namespace(file: Callable[[], Written]) -> None:
+    """All headers and kernels of a file in one translation unit, and in a namespace: a type that a header of ours only
+    declares would be another one there."""
+    cuda = file().text.split('CUDA_SOURCE = r"""\n')[1].split("// ======== host code\n")[0]
+    includes, kernels = cuda.split("\nnamespace {\n", 1)
+    integers = re.findall(r"^typedef .*;$", (DEVICE_CODE / "vector.cuh").read_text(), re.MULTILINE)  # for <cstdint>
+    system = re.findall(r"#include <cuda_[bf].*>", includes)
+    compile_cubin("\n".join([*system, *integers, "namespace {", kernels, "}"]), "sm_90a")
 
 
 # ---- compiled and called

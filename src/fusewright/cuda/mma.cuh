@@ -2,9 +2,13 @@
 // The simulator has its own version of this file.
 #pragma once
 #include "vector.cuh"
-
-struct __half;
+#ifdef __CUDACC_RTC__
+struct __half;  // declared is enough, and takes NVRTC no time
 struct __nv_bfloat16;
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 namespace fusewright {
 

@@ -4,8 +4,11 @@
 #pragma once
 #include "major.cuh"
 #include "vector.cuh"
-
-struct __nv_bfloat16;
+#ifdef __CUDACC_RTC__
+struct __nv_bfloat16;  // declared is enough, and takes NVRTC no time
+#else
+#include <cuda_bf16.h>
+#endif
 
 namespace fusewright {
 

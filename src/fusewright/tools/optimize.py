@@ -245,6 +245,6 @@ def _verify_and_write(request: Request, text: str, console: Console) -> dict[str
             )
         console.print(render(report))
         if not report.passed:
-            raise WrongResult("the file is not as correct as the model, so it was not written; please report this")
+            raise WrongResult("the written file fails the check above, so it was not kept; please report this")
         write(request.out, text)
     return {"passed": True, "simulated": False, **asdict(report)}

@@ -308,16 +308,22 @@ def _many_recompilations() -> Iterator[None]:
 
 
 def render(report: Report) -> Group:
-    """The report for a terminal: one row per check, then what could not be checked."""
+    """The report for a terminal: one row per check, then long details, such as a compiler's log, and what could not be
+    checked."""
     table = Table(title=f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}")
     table.add_column("check")
     table.add_column("")
     table.add_column("error / eager's", justify="right")
     table.add_column("detail", overflow="fold")
+    below = []
     for check in report.checks:
         mark = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
         worst = max(check.figures.values(), default=None)
-        table.add_row(check.name, mark, "" if worst is None else f"{worst:.2f}×", Text(check.detail))
+        long = "\n" in check.detail
+        if long:
+            below.append(Text(f"{check.name}: {check.detail}"))
+        detail = "see below" if long else check.detail
+        table.add_row(check.name, mark, "" if worst is None else f"{worst:.2f}×", Text(detail))
     skipped = [Text(f"not checked: {reason}", "dim") for reason in report.not_checked]
     verdict = Text("correct", "bold green") if report.passed else Text("WRONG", "bold red")
-    return Group(table, *skipped, verdict)
+    return Group(table, *below, *skipped, verdict)
