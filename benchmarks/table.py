@@ -217,12 +217,14 @@ def _figure(value: float | None, form: str = ".2f") -> str:
 def sweep(result: Result) -> str:
     """By precision: geometric mean and extremes of the speedups; then the worst five of each; a plot."""
     precisions = sorted(result["summary"].items(), key=lambda item: float(item[1]["target"]))
-    header = ["precision", "cases", "geometric mean", "target", "least", "most", "floor", "worst error ÷ Inductor's"]
+    columns = ("geometric_mean", "device", "target", "least", "most", "floor", "error_over_inductor")
+    header = ["precision", "cases", "geometric mean", "device alone", "target", "least", "most", "floor"]
+    header.append("worst error ÷ Inductor's")
     rows = [
         [
             name,
             f"{s['cases']}" + (f" ({s['failed']} failed)" if s["failed"] else ""),
-            *(_figure(s.get(k)) for k in ("geometric_mean", "target", "least", "most", "floor", "error_over_inductor")),
+            *(_figure(s.get(k)) for k in columns),
         ]
         for name, s in precisions
     ]
@@ -230,7 +232,8 @@ def sweep(result: Result) -> str:
     note = (
         f"\nSpeedup: the time of `torch.compile` (cuBLAS, then Inductor's fused epilogue) over that of our kernels "
         f"alone, in inference; medians of {result['trials']} trials; shapes and epilogues drawn from seed "
-        f"{result['seed']}. Floor: the same mean if fp16 products (three, or one where TF32 is allowed) and the bytes "
+        f"{result['seed']}. Device alone: the same mean where all of a call is queued before the device begins. Floor: "
+        "what that would be if fp16 products (three, or one where TF32 is allowed) and the bytes "
         "of splitting operands ran at the rates of a large product and a large copy, and nothing else took time.\n"
     )
     five = [row for name, _ in precisions for row in _worst_five(result["cases"], name)]

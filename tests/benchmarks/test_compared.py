@@ -48,12 +48,15 @@ def test_draws_are_as_the_text_says_and_repeat_by_seed() -> None:
 
 def test_a_sweep_is_summed_up_by_precision() -> None:
     def case(ratio: float | None) -> dict[str, Any]:
-        found = {"failed": "why"} if ratio is None else {"speedup": ratio, "error_over_inductor": ratio / 2}
+        found: dict[str, Any] = {"failed": "why"}
+        if ratio is not None:
+            found = {"speedup": ratio, "device_speedup": ratio * 2, "error_over_inductor": ratio / 2}
         return {"results": {"float32": found}}
 
     found = sweep.summary([case(2.0), case(8.0), case(None)], ["float32", "bfloat16"])
     assert found.keys() == {"float32"}
     assert found["float32"]["geometric_mean"] == pytest.approx(4.0) and found["float32"]["target"] == 3.5
+    assert found["float32"]["device"] == pytest.approx(8.0)
     assert (found["float32"]["cases"], found["float32"]["failed"]) == (2, 1)
     assert (found["float32"]["least"], found["float32"]["error_over_inductor"]) == (2.0, 4.0)
     assert sweep.TARGETS.keys() == PRECISIONS.keys()

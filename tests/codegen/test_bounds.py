@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -101,9 +102,9 @@ def test_no_division_is_left(
     function: Callable[..., torch.Tensor], reciprocals: int, quotients: int, dtype: torch.dtype
 ) -> None:
     text = printed(function, torch.randn(8, 8, dtype=dtype))
-    assert text.count('#include "division.cuh"') == 1
-    assert text.count("fusewright::from_one::reciprocal(") == reciprocals
-    assert text.count("fusewright::from_one::quotient(") == quotients
+    namespace = r"fusewright::(?:from_one|narrow)::"
+    assert len(re.findall(namespace + r"reciprocal\(", text)) == reciprocals
+    assert len(re.findall(namespace + r"quotient\(", text)) == quotients
     assert " / " not in text[text.index("struct Epilogue") : text.index("using ")]
 
 
@@ -111,6 +112,14 @@ def test_no_division_is_left(
 def test_other_divisions_stay(function: Callable[..., torch.Tensor]) -> None:
     text = printed(function, torch.randn(8, 8))
     assert " / " in text and "from_one" not in text
+
+
+def test_narrow_functions_are_for_results_of_sixteen_bits() -> None:
+    """The result's dtype decides, for autocast's and for every other call; an exponential alone keeps its own."""
+    half, single = torch.randn(8, 8, dtype=torch.float16), torch.randn(8, 8)
+    assert "narrow::" in printed(F.silu, half) and "narrow::" in printed(lambda x: F.gelu(x.half()), single)
+    for function, x in ((F.silu, single), (torch.exp, half), (lambda x: F.silu(x.float()), half)):
+        assert "narrow::" not in printed(function, x)
 
 
 def test_float64_divides_as_ever() -> None:

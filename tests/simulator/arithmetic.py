@@ -57,9 +57,11 @@ CONVERTED: Mapping[str, str] = {
     "integer": "float(__float2int_rn(a * 1024))",
     "shuffled": "__shfl_xor_sync(~0u, a, 5)",
 }
+# Held to exact values instead, in both places: tests/cuda/test_narrow.py.
+_NARROW = [p.narrow for p in PRIMITIVES.values() if p.narrow]
 # Transcendental functions: what is left.
 CLOSE: Mapping[str, str] = {
-    **{name: _of_primitive(name) for name in PRIMITIVES if name not in (*_EXACT, *_INTEGER)},
+    **{name: _of_primitive(name) for name in PRIMITIVES if name not in (*_EXACT, *_INTEGER, *_NARROW)},
     "sigmoid": "T(1) / (T(1) + exp(-a))",
 }
 # Polynomials of degree b.

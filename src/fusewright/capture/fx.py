@@ -249,16 +249,19 @@ class Importer:
             operands = {k: _rounded(v, dtype) if isinstance(v, float) else v for k, v in operands.items()}
         dtype = accumulator_dtype(dtype)
         shape = tuple(size_of(s) for s in value.shape)
-        result = row.formula(*(self.prepare(k, v, dtype, shape) for k, v in operands.items()))
+        narrow = row.narrow and value.dtype in (torch.float16, torch.bfloat16)
+        result = row.formula(*(self.prepare(k, v, dtype, shape, narrow) for k, v in operands.items()))
         return result.to(value.dtype).node
 
-    def prepare(self, name: str, operand: Any, dtype: torch.dtype, shape: tuple[Size, ...]) -> Any:
+    def prepare(
+        self, name: str, operand: Any, dtype: torch.dtype, shape: tuple[Size, ...], narrow: bool = False
+    ) -> Any:
         """A tensor operand converted to the computation dtype and broadcast to the result's shape."""
         if not isinstance(operand, Node):
             return operand
         if not (name in ("condition", "mask") and operand.tensor.dtype == torch.bool):
             operand = self.convert_to(operand, dtype)
-        return Value(self.builder, self.builder.expand(operand, shape))
+        return Value(self.builder, self.builder.expand(operand, shape), narrow)
 
     def convert_to(self, x: Node, dtype: torch.dtype) -> Node:
         if dtype == torch.bool and x.tensor.dtype != torch.bool:

@@ -37,7 +37,7 @@ def _of_result(expression: Apply, bounds: Mapping[Expression, float]) -> float:
     operands = expression.operands
     low = [bounds[o] for o in operands]
     match expression.op:
-        case "exp" | "exp2":
+        case "exp" | "exp2" | "exp_narrow" | "normal_cdf" | "normal_cdf_narrow":
             return 0.0
         case "abs" | "sqrt":
             return max(low[0], 0.0)
@@ -45,7 +45,7 @@ def _of_result(expression: Apply, bounds: Mapping[Expression, float]) -> float:
             return max(low) if min(low) >= 0 else UNKNOWN
         case "mul":
             return max(low[0], 0.0) if operands[0] is operands[1] else min(low)
-        case "div":
+        case "div" | "div_narrow":
             return 0.0 if low[0] >= 0 and low[1] >= 1 else UNKNOWN  # 1 / -0 is -infinity
         case "maximum":
             return max(low)

@@ -57,11 +57,12 @@ def scalar(expression: Apply, operands: Sequence[str], lower_bound: float = -mat
         # Out of range, ATen wraps around: an unsigned byte by way of a wide integer.
         wide = expression.dtype == torch.uint8 and source.is_floating_point
         return f"{type}(int64_t({operands[0]}))" if wide else f"{type}({operands[0]})"
-    if expression.op == "div" and expression.dtype == torch.float32 and lower_bound >= 1:
+    if expression.op in ("div", "div_narrow") and expression.dtype == torch.float32 and lower_bound >= 1:
+        namespace = "fusewright::narrow" if expression.op == "div_narrow" else "fusewright::from_one"
         numerator = expression.operands[0]
         if isinstance(numerator, Constant) and numerator.value == 1:
-            return f"fusewright::from_one::reciprocal({operands[1]})"
-        return f"fusewright::from_one::quotient({operands[0]}, {operands[1]})"
+            return f"{namespace}::reciprocal({operands[1]})"
+        return f"{namespace}::quotient({operands[0]}, {operands[1]})"
     row = PRIMITIVES[expression.op]
     integer = not expression.operands[-1].dtype.is_floating_point
     text = (row.integer if integer and row.integer else row.cuda).format(*operands)

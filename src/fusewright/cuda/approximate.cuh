@@ -11,4 +11,11 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
     return r;
 }
 
+// 2^x within 2 ulp; 0 where that is subnormal.
+__device__ __forceinline__ float approximate_exp2(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 }  // namespace fusewright

@@ -16,6 +16,11 @@ __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 __device__ __forceinline__ double absolute(double x) { return fabs(x); }
 template <class T> __device__ __forceinline__ T absolute(T x) { return x < T(0) ? T(-x) : x; }
 
+// The standard normal distribution's.
+template <class T> __device__ __forceinline__ T normal_cdf(T x) {
+    return T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
+}
+
 // NaN gives 0, as in ATen.
 template <class T> __device__ __forceinline__ T sign(T x) { return T((T(0) < x) - (x < T(0))); }
 

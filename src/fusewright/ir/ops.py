@@ -17,7 +17,6 @@ from fusewright.ir.value import (
     Value,
     absolute,
     constant,
-    erf,
     exp,
     exp2,
     expm1,
@@ -27,6 +26,7 @@ from fusewright.ir.value import (
     log1p,
     maximum,
     minimum,
+    normal_cdf,
     rsqrt,
     sqrt,
     tanh,
@@ -43,13 +43,15 @@ class Row:
     computes_in: the dtype that tensor operands are converted to: that of the result; the one the operands promote to
     (comparisons); or bool (logical operators). Boolean conditions stay as they are where the result is not bool.
     widens: 16-bit floats compute in float32; without it their calls are left to ATen. rounds: numbers are first rounded
-    to the dtype of the tensors that they are compared with.
+    to the dtype of the tensors that they are compared with. narrow: where the result has 16 bits, it is computed by
+    narrow primitives.
     """
 
     formula: Callable[..., Value]
     computes_in: Literal["result", "operands", "bool"] = "result"
     widens: bool = True
     rounds: bool = False
+    narrow: bool = False
 
 
 def _binary(name: str) -> Callable[[Any, Any], Value]:
@@ -145,19 +147,22 @@ _CUBIC = 0.044715
 
 
 def _gelu(x: Value, approximate: str = "none") -> Value:
-    if approximate == "none":
-        return x * 0.5 * (1 + erf(x * math.sqrt(0.5)))
-    return 0.5 * x * (1 + tanh(_TANH_SCALE * (x + _CUBIC * (x * x * x))))
+    return x * (normal_cdf(x) if approximate == "none" else _tanh_cdf(x))
+
+
+def _tanh_cdf(x: Value) -> Value:
+    """(1 + tanh(u)) / 2 is sigmoid(2u), which is cheaper, but in float not as accurate near 0."""
+    u = x + _CUBIC * (x * x * x)
+    return _sigmoid(2 * _TANH_SCALE * u) if x.narrow else 0.5 * (1 + tanh(_TANH_SCALE * u))
 
 
 def _gelu_backward(g: Value, x: Value, approximate: str = "none") -> Value:
     if approximate == "none":
-        cdf = 0.5 * (1 + erf(x * math.sqrt(0.5)))
         density = exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
-        return g * (cdf + x * density)
-    t = tanh(_TANH_SCALE * (x + _CUBIC * (x * x * x)))
-    slope = (1 - t * t) * (_TANH_SCALE * (1 + 3 * _CUBIC * (x * x)))
-    return g * (0.5 * (1 + t) + 0.5 * x * slope)
+        return g * (normal_cdf(x) + x * density)
+    cdf = _tanh_cdf(x)
+    slope = 2 * cdf * (1 - cdf) * (_TANH_SCALE * (1 + 3 * _CUBIC * (x * x)))
+    return g * (cdf + x * slope)
 
 
 def _tanh_softplus(x: Value) -> Value:
@@ -332,9 +337,10 @@ ROWS: dict[str, Row] = {
         name: Row(unary(name))
         for name in (
             *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc", "floor", "ceil", "trunc"),
-            *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+            *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
         )
     },
+    "tanh": Row(tanh, narrow=True),
     "round": Row(_round),
     "atan2": Row(_binary("atan2")),
     "hypot": Row(_binary("hypot")),
@@ -382,15 +388,15 @@ ROWS: dict[str, Row] = {
     "threshold_backward": Row(lambda g, x, threshold: where(x <= threshold, 0, g)),
     "leaky_relu": Row(lambda x, slope=0.01: where(x > 0, x, x * slope)),
     "leaky_relu_backward": Row(lambda g, x, slope, _is_result: where(x > 0, g, g * slope)),
-    "sigmoid": Row(_sigmoid),
+    "sigmoid": Row(_sigmoid, narrow=True),
     "sigmoid_backward": Row(lambda g, y: g * (1 - y) * y),
     "tanh_backward": Row(lambda g, y: g * (1 - y * y)),
-    "silu": Row(lambda x: x * _sigmoid(x)),
-    "silu_backward": Row(_silu_backward),
-    "mish": Row(lambda x: x * _tanh_softplus(x)),
-    "mish_backward": Row(_mish_backward),
-    "gelu": Row(_gelu),
-    "gelu_backward": Row(_gelu_backward),
+    "silu": Row(lambda x: x * _sigmoid(x), narrow=True),
+    "silu_backward": Row(_silu_backward, narrow=True),
+    "mish": Row(lambda x: x * _tanh_softplus(x), narrow=True),
+    "mish_backward": Row(_mish_backward, narrow=True),
+    "gelu": Row(_gelu, narrow=True),
+    "gelu_backward": Row(_gelu_backward, narrow=True),
     "elu": Row(_elu),
     "elu_backward": Row(_elu_backward),
     "celu": Row(lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1 / alpha)),

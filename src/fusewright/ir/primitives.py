@@ -8,6 +8,7 @@ float32 and float64. Operands have one common dtype unless a row says otherwise;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ class Primitive:
     """One scalar operation.
 
     cuda: a C++ expression. reference: the same on tensors. boolean: the result is bool whatever the operands are.
-    integer: the expression for integers and bool, where it is another.
+    integer: the expression for integers and bool, where it is another. narrow: the primitive that takes its place in
+    operators whose results ATen rounds to 16 bits.
     """
 
     name: str
@@ -29,10 +31,15 @@ class Primitive:
     reference: Callable[..., Any]
     boolean: bool = False
     integer: str = ""
+    narrow: str = ""
 
 
 def _divide_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.div(a, b, rounding_mode="trunc") if not a.is_floating_point() else a / b
+
+
+def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
 PRIMITIVES: dict[str, Primitive] = {
@@ -41,7 +48,15 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("add", 2, "{0} + {1}", torch.add),
         Primitive("sub", 2, "{0} - {1}", lambda a, b: torch.add(a, b, alpha=-1)),
         Primitive("mul", 2, "{0} * {1}", torch.mul),
-        Primitive("div", 2, "{0} / {1}", _divide_integers, integer="fusewright::integer::quotient({0}, {1})"),
+        Primitive(
+            "div",
+            2,
+            "{0} / {1}",
+            _divide_integers,
+            integer="fusewright::integer::quotient({0}, {1})",
+            narrow="div_narrow",
+        ),
+        Primitive("div_narrow", 2, "{0} / {1}", torch.div),
         Primitive("neg", 1, "-{0}", torch.neg),
         Primitive("abs", 1, "fusewright::absolute({0})", torch.abs),
         Primitive("sign", 1, "fusewright::sign({0})", torch.sign),
@@ -61,7 +76,8 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("lcm", 2, "fusewright::integer::least_multiple({0}, {1})", torch.lcm),
         Primitive("sqrt", 1, "sqrt({0})", torch.sqrt),
         Primitive("rsqrt", 1, "rsqrt({0})", torch.rsqrt),
-        Primitive("exp", 1, "exp({0})", torch.exp),
+        Primitive("exp", 1, "exp({0})", torch.exp, narrow="exp_narrow"),
+        Primitive("exp_narrow", 1, "fusewright::narrow::exp({0})", torch.exp),
         Primitive("exp2", 1, "exp2({0})", torch.exp2),
         Primitive("expm1", 1, "expm1({0})", torch.expm1),
         Primitive("log", 1, "log({0})", torch.log),
@@ -77,11 +93,14 @@ PRIMITIVES: dict[str, Primitive] = {
         Primitive("atan2", 2, "atan2({0}, {1})", torch.atan2),
         Primitive("sinh", 1, "sinh({0})", torch.sinh),
         Primitive("cosh", 1, "cosh({0})", torch.cosh),
-        Primitive("tanh", 1, "tanh({0})", torch.tanh),
+        Primitive("tanh", 1, "tanh({0})", torch.tanh, narrow="tanh_narrow"),
+        Primitive("tanh_narrow", 1, "fusewright::narrow::tanh({0})", torch.tanh),
         Primitive("asinh", 1, "asinh({0})", torch.asinh),
         Primitive("acosh", 1, "acosh({0})", torch.acosh),
         Primitive("atanh", 1, "atanh({0})", torch.atanh),
         Primitive("erf", 1, "erf({0})", torch.erf),
+        Primitive("normal_cdf", 1, "fusewright::normal_cdf({0})", _normal_cdf, narrow="normal_cdf_narrow"),
+        Primitive("normal_cdf_narrow", 1, "fusewright::narrow::normal_cdf({0})", torch.special.ndtr),
         Primitive("erfc", 1, "erfc({0})", torch.erfc),
         Primitive("erfinv", 1, "erfinv({0})", torch.erfinv),
         Primitive("erfcx", 1, "erfcx({0})", torch.special.erfcx),

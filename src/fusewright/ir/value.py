@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import sympy
@@ -17,17 +17,22 @@ Scalar: TypeAlias = bool | int | float | sympy.Expr
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A node under construction. Operands of one operation have one shape and dtype; numbers become constants."""
+    """A node under construction. Operands of one operation have one shape and dtype; numbers become constants.
+
+    narrow: it is an operand of an operator whose result ATen rounds to 16 bits, and that may be computed accordingly.
+    """
 
     builder: Builder
     node: Node
+    narrow: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return self.node.tensor.dtype
 
     def apply(self, op: str, *operands: Value | Scalar) -> Value:
-        return primitive(self.builder, op, *operands)
+        name = PRIMITIVES[op].narrow if self.narrow else ""
+        return replace(primitive(self.builder, name or op, *operands), narrow=self.narrow)
 
     def to(self, dtype: torch.dtype) -> Value:
         return Value(self.builder, self.builder.cast(self.node, dtype, implicit=True))
@@ -135,6 +140,9 @@ def unary(name: str) -> Callable[[Value], Value]:
     return lambda x: x.apply(name, x)
 
 
-exp, exp2, log, log1p, expm1, tanh, erf, sqrt, rsqrt, floor, trunc, absolute = (
-    unary(n) for n in ("exp", "exp2", "log", "log1p", "expm1", "tanh", "erf", "sqrt", "rsqrt", "floor", "trunc", "abs")
+exp, exp2, log, log1p, expm1, tanh, sqrt, rsqrt, floor, trunc, absolute, normal_cdf = (
+    unary(n)
+    for n in (
+        *("exp", "exp2", "log", "log1p", "expm1", "tanh", "sqrt", "rsqrt", "floor", "trunc", "abs", "normal_cdf"),
+    )
 )

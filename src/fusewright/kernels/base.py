@@ -64,6 +64,8 @@ _OURS = {
     "fusewright::integer::": "integer.cuh",
     "fusewright::special::": "special.cuh",
     "fusewright::launch_": "launch.cuh",
+    "fusewright::narrow::": "narrow.cuh",
+    "fusewright::prefetch(": "async.cuh",
 }
 
 # How the body of a kernel begins whose launch may overlap with the one before it.

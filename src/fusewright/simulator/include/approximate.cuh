@@ -10,4 +10,9 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
     return fabsf(r) < 0x1p-126f ? copysignf(0.0f, x) : r;
 }
 
+__device__ __forceinline__ float approximate_exp2(float x) {
+    const float r = nextafterf(exp2f(x), HUGE_VALF);
+    return r < 0x1p-126f ? 0.0f : r;
+}
+
 }  // namespace fusewright
