@@ -279,6 +279,7 @@ def test_scales_are_undone(power: int, device: str) -> None:
 def test_split_keeps_22_bits_and_finds_magnitudes(device: str) -> None:
     for shape in ((300, 1004), (33, 7), (2, 3000)) if device == "cuda" else ((20, 1004), (33, 7)):
         x = torch.randn(shape, device=device) * torch.exp2(torch.randint(-10, 1, shape, device=device))
+        x = x.clamp(-3.9, 3.9)  # the largest that a sample may see
         x[0] = 2
         halved = Operand(F16X3, *shape, "K", device, x).halved
         scaled = torch.ldexp(x.double(), halved.exponent)

@@ -67,7 +67,7 @@ CLOSE: Mapping[str, str] = {
 # Polynomials of degree b.
 POLYNOMIALS = tuple(name for name in CLOSE if name.startswith(("chebyshev", "hermite", "laguerre", "legendre")))
 # Of these a result below 1 counts as 1: they are 0 at places that no float is, and terms cancel beside them.
-VANISHING = (*POLYNOMIALS, "lgamma", "digamma", "zeta")
+VANISHING = (*POLYNOMIALS, "normal_cdf", "lgamma", "digamma", "zeta")
 
 
 @functools.lru_cache(maxsize=2)

@@ -21,10 +21,6 @@
 
 namespace fusewright {
 
-// Whether an epilogue has tiles to prefetch.
-template <class Epilogue, class = void> constexpr bool kReadsTiles = false;
-template <class Epilogue> constexpr bool kReadsTiles<Epilogue, decltype(void(&Epilogue::prefetch))> = true;
-
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
@@ -228,7 +224,6 @@ template <class Config> struct GemmSm90 {
         if (kPingPong && group == 1) pass_over(tiles, ring, k_tiles);
         for (; tiles.more(); tiles.advance()) {
             Sums sums;
-            if constexpr (kReadsTiles<Epilogue>) prefetch(tiles, first_block, operands, epilogue);
             if constexpr (kPingPong) mbarrier_wait(memory.turn(group), parity);
             if constexpr (kThreeProducts)
                 compute_three_products(sums, ring, memory, first_block, k_tiles);
@@ -240,20 +235,6 @@ template <class Config> struct GemmSm90 {
             if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
             parity ^= 1;
         }
-    }
-
-    // The epilogue's own tiles, such as a residual, come to the L2 cache while the products run. 32 columns are a line of
-    // 128 bytes at most.
-    template <class Epilogue>
-    __device__ __forceinline__ static void prefetch(const Tiles& tiles, int first_block, const Operands& operands,
-                                                    const Epilogue& epilogue) {
-        const int lane = threadIdx.x % 32, m = tiles.m() + first_block * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block)
-            for (int column = lane / 16 * 32; column < kTileN; column += 64) {
-                const int64_t y = m + block * 64, x = tiles.n() + column;
-                epilogue.prefetch(y, x, y < operands.M && x < operands.N ? 1 : 0);
-            }
     }
 
     // From complete sums to results.

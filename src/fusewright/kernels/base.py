@@ -65,7 +65,6 @@ _OURS = {
     "fusewright::special::": "special.cuh",
     "fusewright::launch_": "launch.cuh",
     "fusewright::narrow::": "narrow.cuh",
-    "fusewright::prefetch(": "async.cuh",
 }
 
 # How the body of a kernel begins whose launch may overlap with the one before it.

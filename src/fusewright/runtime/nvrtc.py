@@ -84,6 +84,9 @@ def compile_all(sources: Sequence[str], arch: str) -> list[Cubin]:
     entries = {source: cache.find(_key(source, arch)) for source in dict.fromkeys(sources)}
     cubins = {source: _stored(entry, arch) for source, entry in entries.items() if entry}
     missing = [source for source, entry in entries.items() if not entry]
+    # NVRTC's front end lets one thread in at a time, so what takes longest is first: threads that wait there wait while
+    # the others' code is generated.
+    missing.sort(key=_code, reverse=True)
     cubins |= zip(missing, _COMPILERS.map(lambda source: cached_cubin(source, arch), missing), strict=True)
     return [cubins[source] for source in sources]
 
@@ -115,6 +118,11 @@ def parse_resources(log: str) -> dict[str, Resources]:
 def _stored(entry: Entry, arch: str) -> Cubin:
     log = entry.files["compile.log"].decode()
     return Cubin(entry.files["kernel.cubin"], arch, log, parse_resources(log))
+
+
+def _code(source: str) -> int:
+    """How much device code a source includes, in bytes, which tells short compilations from long ones."""
+    return sum(map(len, included(source, DEVICE_CODE).values()))
 
 
 def _key(source: str, arch: str) -> str:
