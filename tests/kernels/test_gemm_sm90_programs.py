@@ -225,19 +225,6 @@ def several(x: torch.Tensor, w: torch.Tensor, row: torch.Tensor, tile: torch.Ten
     return F.gelu(y + row, approximate="tanh"), torch.sigmoid(y) * tile, y > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_tiles_that_the_epilogue_reads_are_prefetched(dtype: torch.dtype) -> None:
-    """Where they can be read in wide pieces, whose addresses bulk copies can have; neither vectors nor masks."""
-    shapes = [(256, 512), (512, 256), (256,), (256, 256)]
-    for function, count in ((gelu, 0), (silu_and_residual, 1), (several, 1)):
-        plan = plan_of(function, *(torch.randn(s, dtype=dtype) for s in shapes))
-        launch = best(plan.regions[0]).launches[0]
-        assert launch.source.count("fusewright::bulk_prefetch(") == count, function
-        assert f"m * 256 + n, count * {dtype.itemsize});" in launch.source or not count
-        assert launch.unaligned is not None and "bulk_prefetch" not in launch.unaligned.source
-        check_compiles(launch)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("function", [gelu, silu_and_residual, several])
 def test_heavy_epilogues_compile_in_ping_pong(function: Callable[..., Any], dtype: torch.dtype) -> None:

@@ -7,7 +7,6 @@ The functor computes V consecutive columns of a row. The contract that device co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import sympy
 import torch
@@ -52,20 +51,12 @@ class Functor:
     aligned: bool
 
 
-def functor(
-    region: Region,
-    width: int,
-    *,
-    wide: bool,
-    partial: bool = False,
-    prefetch: Literal["vectors", "tiles"] | None = None,
-) -> Functor:
+def functor(region: Region, width: int, *, wide: bool, partial: bool = False, prefetch: bool = False) -> Functor:
     """Prints the functor of `region` for `width` columns a thread.
 
     wide: use accesses of several elements where strides allow, which binds the pointers to an alignment.
     partial: column sums are stored in float, one row for each split of the rows.
-    prefetch: with a method that prefetches the vectors that all rows read; or, if there are any, columns of a row of
-    what each row reads for itself.
+    prefetch: with a method that prefetches the vectors that all rows read.
     """
     return _Printer(region, width, wide, partial, prefetch).print()
 
@@ -76,7 +67,7 @@ class _Printer:
     width: int
     wide: bool
     partial: bool
-    prefetch: Literal["vectors", "tiles"] | None
+    prefetch: bool
     parameters: dict[tuple[str, str], Parameter] = field(default_factory=dict)
     names: dict[Expression, str] = field(default_factory=dict)
     aligned: bool = False
@@ -97,7 +88,7 @@ class _Printer:
         members = [f"{p.declaration};" for p in self.parameters.values()] if not sums else []
         text: list[str] = []
         call = self.method(lines, sums)
-        more = [*(self.finish(sums) if sums else []), *self.prefetching()]
+        more = [*(self.finish(sums) if sums else []), *(self.prefetching() if self.prefetch else [])]
         members = [f"{p.declaration};" for p in self.parameters.values()]
         if sums:
             members.insert(0, f"static constexpr int kColumnSums = {len(sums)};")
@@ -268,24 +259,14 @@ class _Printer:
         return f"const {C_TYPES[expression.dtype]} {name} = {text};{comment}"
 
     def prefetching(self) -> list[str]:
-        loads = dict.fromkeys(e.access for e in walk(s.value for s in self.region.sinks) if isinstance(e, Load))
-        if self.prefetch == "vectors":
-            vectors = [a for a in loads if not a.bits and a.strides[-1] == 1 and all(s == 0 for s in a.strides[:-1])]
-            pointers = dict.fromkeys(self.pointer(a, written=False) for a in vectors)
-            parameters = "int64_t n, int count"
-            body = [f"if (count > 0) fusewright::prefetch({p} + n);" for p in pointers]
-        elif self.prefetch == "tiles" and len(self.region.rows) == 1:
-            parameters = "int64_t m, int64_t n, int count"
-            body = [
-                f"fusewright::bulk_prefetch({self.pointer(a, written=False)}{self.row(a)} + n, "
-                f"count * {a.dtype.itemsize});"
-                for a in loads
-                if self.vectorised(a) and a.strides[0] != 0
-            ]
-        else:
-            body = []
-        method = f"__device__ __forceinline__ void prefetch({parameters}) const {{" if body else ""
-        return [method, *_indent(body), "}"] if body else []
+        loads = (e.access for e in walk(s.value for s in self.region.sinks) if isinstance(e, Load))
+        vectors = [a for a in loads if not a.bits and a.strides[-1] == 1 and all(s == 0 for s in a.strides[:-1])]
+        pointers = dict.fromkeys(self.pointer(a, written=False) for a in vectors)
+        return [
+            "__device__ __forceinline__ void prefetch(int64_t n, int count) const {",
+            *_indent([f"if (count > 0) fusewright::prefetch({p} + n);" for p in pointers]),
+            "}",
+        ]
 
     def finish(self, sums: list[ColumnSum]) -> list[str]:
         type = C_TYPES[sums[0].value.dtype]

@@ -21,10 +21,6 @@
 
 namespace fusewright {
 
-// Whether an epilogue reads tiles of its own, which can be prefetched.
-template <class Epilogue, class = void> constexpr bool kReadsTiles = false;
-template <class Epilogue> constexpr bool kReadsTiles<Epilogue, decltype(void(&Epilogue::prefetch))> = true;
-
 // Config, a struct of named constants:
 //   Element        __half or __nv_bfloat16
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
@@ -141,7 +137,7 @@ template <class Config> struct GemmSm90 {
         launch_before_wait();
         if (threadIdx.x < 128) {
             registers_release<kProducerRegisters>();
-            if (threadIdx.x == 0) produce<Kernel>(operands, memory, epilogue);
+            if (threadIdx.x == 0) produce<Kernel>(operands, memory);
         } else {
             registers_acquire<kConsumerRegisters>();
             Kernel::consume(operands, memory, epilogue);
@@ -168,11 +164,8 @@ template <class Config> struct GemmSm90 {
 
     // ---- Producer ---------------------------------------------------------------------------------------------------
 
-    // Beside the operands, the epilogue's own tiles, such as a residual, come to the L2 cache, some rows with each step:
-    // all at once, the ring's copies would wait for them.
-    template <class Kernel, class Epilogue>
-    __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory,
-                                                   const Epilogue& epilogue) {
+    template <class Kernel>
+    __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory) {
         Ring ring;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
             const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
@@ -181,20 +174,8 @@ template <class Config> struct GemmSm90 {
                 mbarrier_arrive_expect_tx(memory.full(ring.stage), memory.kStageBytes);
                 Kernel::load_a(operands, memory, ring.stage, m, k_tile * kTileK);
                 load_b(operands, memory, ring.stage, n, k_tile * kTileK);
-                if constexpr (kReadsTiles<Epilogue>) prefetch(operands, m, n, k_tile, epilogue);
             }
         }
-    }
-
-    // This step's share of the tile's rows.
-    template <class Epilogue>
-    __device__ __forceinline__ static void prefetch(const Operands& operands, int m, int n, int k_tile,
-                                                    const Epilogue& epilogue) {
-        const int rows = (kTileM + operands.k_tiles() - 1) / operands.k_tiles();
-        const int end = min(m + min((k_tile + 1) * rows, kTileM), int(operands.M));
-        const int columns = min(int(operands.N) - n, kTileN);
-        if (columns < kVector) return;
-        for (int row = m + k_tile * rows; row < end; ++row) epilogue.prefetch(row, n, columns);
     }
 
     __device__ __forceinline__ static void load_a(const Operands& operands, const Memory& memory, int stage, int m,

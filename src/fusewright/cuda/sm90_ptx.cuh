@@ -108,11 +108,6 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
 // to the tensor cores, which might otherwise miss them.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Starts to bring memory to the L2 cache, whole pieces of 16 bytes from p on, which is aligned to them.
-__device__ __forceinline__ void bulk_prefetch(const void* p, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes & ~15u));
-}
-
 __device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -129,7 +129,7 @@ def _launch(region: Region, tile: Tile) -> LaunchSpec:
     gemm = region.gemm
     assert gemm is not None
     layout, element = major(gemm.b, 0), C_TYPES[gemm.a.dtype]
-    epilogue = functor(region, _VECTOR, wide=True, prefetch="vectors")
+    epilogue = functor(region, _VECTOR, wide=True, prefetch=True)
     alias = (
         f"using Gemm = fusewright::GemmSkinny<{element}, {tile.row_tiles}, {tile.tiles}, "
         f"fusewright::Major::{layout}>;\n"

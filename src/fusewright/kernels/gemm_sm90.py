@@ -281,7 +281,7 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     vector, products = _vector(region, tile), _products(gemm)
     left, right, sizes = (b, a, "NMK") if tile.registers else (a, b, "MNK")  # as the kernel takes them
     ring = tile.ring(products, vector, right.major, chip)
-    epilogue = functor(region, vector, wide=wide, prefetch=None if tile.registers else "tiles")
+    epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
     args: list[Arg] = [a.tensor_map(), b.tensor_map(tile.panel(b.major))]

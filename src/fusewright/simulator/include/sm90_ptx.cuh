@@ -48,7 +48,6 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
 // ---- Bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void fence_proxy_async() { simulator::fence_proxy_async(); }
-__device__ __forceinline__ void bulk_prefetch(const void*, uint32_t) {}
 __device__ __forceinline__ void tensor_map_prefetch(const TensorMap*) {}
 __device__ __forceinline__ void tensor_load(void* destination, const TensorMap* map, uint64_t* barrier, int x, int y,
                                             int z) {
