@@ -6,8 +6,8 @@ The seed is chosen at each run and recorded; --seed repeats a run. M and N lie b
 8192, evenly on a logarithmic scale; half of the sizes are multiples of 128, a quarter multiples of 8, and a quarter any
 number, but K stays a multiple of 8. Each case runs in inference in every precision. Errors are against float64, in the
 Frobenius norm, as ratios to Inductor's. float32 has a floor for each case: its fp16 products and the bytes of splitting
-its operands, at the rates of a large product and a large copy in the same run. Beside the time of the call, as a user has
-it, stands the device's alone: most of these products are shorter than the call of either compiler takes on the host.
+its operands, at the rates of a large product and a large copy in the same run. Beside the time of the call, as a user
+has it, stands the device's alone: most of these products are shorter than either compiler's call on the host.
 """
 
 from __future__ import annotations
