@@ -1,4 +1,4 @@
-"""What all tests share: skipping of those that need a GPU, and a cache that is empty at the start of each run."""
+"""What all tests share: those that need a GPU are skipped without one, and each run begins with an empty cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -35,3 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needing:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """A test starts with nothing compiled, so that it counts its own compilations only, and with the same seed."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -29,13 +29,8 @@ simulated = functools.partial(fusewright.linear, simulate=True)
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
+def fresh(nothing_compiled: None) -> None:
     epilogues._kept.clear()
-    counters.clear()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
