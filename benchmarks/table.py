@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ZOO = ROOT / "benchmarks" / "zoo"
 CASES = ROOT / "tests" / "simulator" / "hopper_cases.py"
 MARKER = re.compile(r"<!-- (?P<name>[\w-]+):begin -->\n(?P<body>.*?)<!-- (?P=name):end -->", re.DOTALL)
 
@@ -307,6 +308,8 @@ def zoo(result: Result) -> str:
         "CUDA graphs over `reduce-overhead` as well. "
         f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
     )
+    if left := sorted(path.stem for path in ZOO.glob("*.py") if path.stem not in result["models"]):
+        note += f"\nTime was up before: {', '.join(f'`{name}`' for name in left)}.\n"
     return grid(header, rows) + "\n" + "\n".join(lines) + "\n" + note + source(result)
 
 

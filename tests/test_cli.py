@@ -102,6 +102,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "no setting": (GOOD, ["--set", "batch"], ["NAME=VALUE"]),
     "out of no folder": (GOOD, ["-o", "missing/out.py"], ["missing", "create it"]),
     "out is a folder": (GOOD, ["-o", "."], ["folder", "-o"]),
+    "out is a dash": (GOOD, ["-o", "-"], ["standard output", "-o"]),
     "out is the input": (GOOD, ["-o", "./model.py"], ["input itself", "-o"]),
     "graph break": (forward("torch._dynamo.graph_break()", "return x"), [], ["not one graph"]),
     "depends on data": (forward("return x * 2 if x.sum() > 0 else x / 3"), [], ["not one graph"]),
@@ -446,6 +447,19 @@ def test_what_was_tuned_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp
     done = run("cache", "tuned", "--json", "out.json")
     assert done.out.split("\n") == ["# A GPU", *sorted(lines), ""] and len(parse(done.out)) == 2
     assert json.loads(Path("out.json").read_text())["devices"] == [{"device": "A GPU", "choices": sorted(lines)}]
+
+
+def test_a_cache_whose_name_is_markup(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("a[/c]", "a[red]c"):
+        monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", name)
+        done = run("cache", "info")
+        assert done.code == 0 and done.out.startswith(name)
+
+
+def test_no_home_for_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_CACHE_DIR", "~nobody-of-this-name/cache")
+    done = run("cache", "info")
+    assert done.code == 2 and "no such home folder" in done.err and "FUSEWRIGHT_CACHE_DIR" in done.err
 
 
 def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

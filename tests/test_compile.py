@@ -100,3 +100,9 @@ def test_the_package_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="linera"):
         fusewright.linera  # noqa: B018
+
+
+@pytest.mark.parametrize("model", [3, "model.py"])
+def test_what_is_no_model_is_refused(model: object) -> None:
+    with pytest.raises(InvalidSetting, match="a module or a function.*`fusewright optimize`"):
+        fusewright.compile(model)  # type: ignore[arg-type]

@@ -119,7 +119,13 @@ def _commands(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[tuple[str, li
 
 def _bench() -> Bench:
     environment = dict.fromkeys(("when", "device", "capability", "driver", "torch", "python"), "text")
-    more = {"cuda": None, "cpus": 2, "versions": {"triton": None, "torch": "2"}, "card": {"power.draw": "1 W"}}
+    more = {
+        "cuda": None,
+        "cpus": 2,
+        "sources": "0f",
+        "versions": {"triton": None, "torch": "2"},
+        "card": {"power.draw": "1 W"},
+    }
     timings = {"eager": Timed(1.0, 0.9, 1.1, 50, 0.1), "new file.py": Timed(failed="no")}
     mode = Mode(0.1, 100, 100, 10, timings, "eager", None)
     accuracy = {"new file.py": Accuracy(float("inf"), ["wrong"])}

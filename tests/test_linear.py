@@ -301,6 +301,26 @@ def test_an_operator_that_does_not_fit_is_named(epilogue: Any, operator: str) ->
         simulated(x, weight, epilogue=epilogue)
 
 
+@pytest.mark.parametrize(
+    ("epilogue", "operator"),
+    [
+        (lambda y: y / y.norm(dim=-1, keepdim=True), "linalg_vector_norm"),
+        (lambda y: y + torch.rand_like(y), "rand_like"),
+    ],
+    ids=["norm", "random"],
+)
+def test_only_what_has_no_kernel_is_blamed(epilogue: Any, operator: str) -> None:
+    with pytest.raises(CannotFuse, match=f"^{operator} cannot be fused"):
+        simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=epilogue)
+
+
+def test_inside_a_transform_the_epilogue_is_not_blamed() -> None:
+    weight = torch.randn(10, 9)
+    for transform in (torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())):
+        with pytest.raises(CannotFuse, match="transform of torch.func"):
+            transform(lambda x: simulated(x, weight, epilogue=F.silu))(torch.randn(5, 9))
+
+
 def test_an_epilogue_that_is_no_function_of_tensors_is_refused() -> None:
     with pytest.raises(CannotFuse, match=r"test_linear.py:\d+: .*print") as caught:
         simulated(torch.randn(5, 9), torch.randn(10, 9), epilogue=lambda y: print(y) or y)

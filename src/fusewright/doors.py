@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusewright.errors import InvalidSetting
 from fusewright.runtime.frozen import thaw
 from fusewright.settings import Settings
 
@@ -25,9 +26,15 @@ def compile(
     """Compiles a module or function with fusewright; without `model`, returns a decorator.
 
     fullgraph, dynamic: as for `torch.compile`. settings: the fields of `fusewright.settings.Settings`. Raises
-    UnknownSetting, InvalidSetting, UnknownArch; the first call compiles, and raises what the backend raises.
+    UnknownSetting, InvalidSetting (for what is no model, too), UnknownArch; the first call compiles, and raises what
+    the backend raises.
     """
     Settings.of(settings, also=("fullgraph", "dynamic"))
+    if not (model is None or callable(model)):
+        what = f"{model!r} of type {type(model).__name__}"
+        raise InvalidSetting(
+            f"fusewright.compile takes a module or a function, not {what}; model files are for `fusewright optimize`"
+        )
     if model is None:
         return functools.partial(compile, fullgraph=fullgraph, dynamic=dynamic, **settings)
     return torch.compile(model, backend="fusewright", fullgraph=fullgraph, dynamic=dynamic, options=settings)

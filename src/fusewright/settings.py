@@ -86,5 +86,11 @@ def tf32_allowed() -> bool:
 
 
 def cache_dir() -> Path:
-    """The folder that holds compiled kernels; created by whoever writes to it."""
-    return Path(os.environ.get("FUSEWRIGHT_CACHE_DIR") or "~/.cache/fusewright").expanduser()
+    """The folder that holds compiled kernels; created by whoever writes to it. Raises InvalidSetting."""
+    given = os.environ.get("FUSEWRIGHT_CACHE_DIR") or "~/.cache/fusewright"
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # no such user, or one without a home
+        raise InvalidSetting(
+            f"the cache cannot be in {given}: there is no such home folder; set FUSEWRIGHT_CACHE_DIR to a folder"
+        ) from None

@@ -88,10 +88,10 @@ def printed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> str
     [
         (torch.sigmoid, 1, 0),
         (F.glu, 1, 0),
-        (F.silu, 1, 0),
-        (F.mish, 1, 0),
+        (F.silu, 0, 1),
+        (F.mish, 0, 1),
         (lambda x: torch.ops.aten.silu_backward(x, x * 2), 1, 0),
-        (lambda x: torch.ops.aten.mish_backward(x, x * 2), 1, 0),
+        (lambda x: torch.ops.aten.mish_backward(x, x * 2), 0, 2),
         (lambda x: torch.ops.aten.softplus_backward(x, x * 2, 1, 20), 0, 1),
         (lambda x: x / (1 + x * x), 0, 1),
     ],

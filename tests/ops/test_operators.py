@@ -6,9 +6,11 @@ The whole database, in every dtype, is for the GPU (tests/gpu/test_ops_gpu.py); 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
 import operator_samples as samples
@@ -122,3 +124,30 @@ def _four_ulps(t: torch.Tensor) -> torch.Tensor:
 
 def _strided(t: torch.Tensor) -> torch.Tensor:
     return t.repeat_interleave(2)[::2]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.mish, F.silu, F.gelu, partial(F.gelu, approximate="tanh")],
+    ids=["mish", "silu", "gelu", "gelu_tanh"],
+)
+def test_activations_are_as_accurate_as_eager_where_they_saturate(
+    function: Callable[..., torch.Tensor], nothing_compiled: None
+) -> None:
+    """Where the result is nearly x, and the slope nearly 1, an error that eager does not make is far above its own."""
+    compiled = torch.compile(lambda x: function(x), backend="fusewright", options={"simulate": True})
+    for low, high in ((-4, 4), (0, 20), (10, 30)):
+        x = torch.linspace(low, high, 4001)
+
+        def error(call: Callable[..., torch.Tensor], x: torch.Tensor = x) -> list[torch.Tensor]:
+            exact, found = (_value_and_slope(f, t) for f, t in ((function, x.double()), (call, x)))
+            return [(f - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]
+
+        for ours, theirs in zip(error(compiled), error(function), strict=True):
+            assert ours <= 1.25 * theirs + 1e-12, (low, high)
+
+
+def _value_and_slope(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = function(x)
+    return y.detach().double(), torch.autograd.grad(y.sum(), x)[0].double()

@@ -153,6 +153,11 @@ def _told(error: Exception, arguments: tuple[Any, ...]) -> Exception | None:
         return failure
     if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, FusewrightError):
         return no_product(*arguments[:2]) or error.inner_exception
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return CannotFuse(
+            "Dynamo does not trace fusewright.linear from inside a transform of torch.func, such as vmap or grad; "
+            "transform a function that fusewright.compile has compiled, or compile what transforms"
+        )
     if isinstance(error, Unsupported):
         return CannotFuse(f"the epilogue is not a function of tensors alone: {first_paragraph(error)}")
     return None

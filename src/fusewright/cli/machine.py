@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fusewright.cli.options import Arch, Json
 from fusewright.cli.output import Output
@@ -39,7 +40,7 @@ def cache_info(json_: Json = None) -> None:
     output = Output("cache info", json_)
     kinds = stored()
     entries, total = sum(k.entries for k in kinds), sum(k.bytes for k in kinds)
-    table = Table(title=str(cache_dir()), title_justify="left")
+    table = Table(title=Text(str(cache_dir())), title_justify="left")
     for column in ("kind", "entries", "size"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for k in kinds:

@@ -23,9 +23,11 @@ def one_kernel(plan: FusionPlan, backward: bool, *, call: str | None) -> None:
         apart = [s for s in plan.steps if s not in allowed]
     if apart:
         operators = [o for step in apart for o in step.operators] or [step.name for step in apart]
-        reasons = [s.reason for s in apart if isinstance(s, Fallback) and s.operators]
-        reasons += [r.reason for r in plan.refusals if set(r.operators) & set(operators)]
-        raise CannotFuse(_refusal(operators, reasons or [_AT_ITS_PLACE]))
+        told = [(tuple(s.operators), s.reason) for s in apart if isinstance(s, Fallback) and s.operators]
+        told += [(r.operators, r.reason) for r in plan.refusals if set(r.operators) & set(operators)]
+        # What merely computes with the results of others has a kernel, and is not to blame.
+        blamed = [o for names, _ in told for o in names if o in operators] or operators
+        raise CannotFuse(_refusal(blamed, [reason for _, reason in told] or [_AT_ITS_PLACE]))
     if not (product or backward):
         raise CannotFuse(
             "the epilogue's results do not depend on the product; let them, or compute them without fusewright.linear"

@@ -147,40 +147,41 @@ _CUBIC = 0.044715
 
 
 def _gelu(x: Value, approximate: str = "none") -> Value:
-    return x * (normal_cdf(x) if approximate == "none" else _tanh_cdf(x))
-
-
-def _tanh_cdf(x: Value) -> Value:
-    """(1 + tanh(u)) / 2 is sigmoid(2u), which is cheaper, but in float not as accurate near 0."""
-    u = x + _CUBIC * (x * x * x)
-    return _sigmoid(2 * _TANH_SCALE * u) if x.narrow else 0.5 * (1 + tanh(_TANH_SCALE * u))
+    if approximate == "none":
+        return x * normal_cdf(x)
+    u = _TANH_SCALE * (x + _CUBIC * (x * x * x))
+    return x * _sigmoid(2 * u) if x.narrow else 0.5 * x * (1 + tanh(u))
 
 
 def _gelu_backward(g: Value, x: Value, approximate: str = "none") -> Value:
     if approximate == "none":
         density = exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
         return g * (normal_cdf(x) + x * density)
-    cdf = _tanh_cdf(x)
-    slope = 2 * cdf * (1 - cdf) * (_TANH_SCALE * (1 + 3 * _CUBIC * (x * x)))
-    return g * (cdf + x * slope)
+    u = _TANH_SCALE * (x + _CUBIC * (x * x * x))
+    slope = _TANH_SCALE * (1 + 3 * _CUBIC * (x * x))
+    if x.narrow:  # (1 + tanh(u)) / 2 is sigmoid(2u), which is cheaper, but in float not as accurate near 0
+        s = _sigmoid(2 * u)
+        return g * (s + x * (2 * s * (1 - s) * slope))
+    t = tanh(u)
+    return g * (0.5 * (1 + t) + 0.5 * x * ((1 - t * t) * slope))
 
 
 def _tanh_softplus(x: Value) -> Value:
-    """tanh(log1p(e)) with e = exp(x), as the quotient that it is, by a reciprocal: half of the instructions.
+    """tanh(log1p(e)) with e = exp(x), as the quotient that it is: half of the instructions.
 
     Beyond 20 it is 1 in float64, too, and e² would overflow.
     """
     e = exp(minimum(x, 20))
     n = e * (e + 2)
-    return n * (1 / (n + 2))
+    return n / (n + 2)
 
 
 def _mish_backward(g: Value, x: Value) -> Value:
-    """With t = n r as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) r²; nothing beyond 20."""
+    """With t = n / d as above: sigmoid(x) · (1 - t²), where 1 - t² cancels, is 4 e (e + 1) / d²; nothing beyond 20."""
     e = exp(minimum(x, 20))
     n = e * (e + 2)
-    r = 1 / (n + 2)
-    return g * (n * r + x * where(x < 20, 4 * e * (e + 1) * (r * r), 0))
+    d = n + 2
+    return g * (n / d + x * where(x < 20, 4 * e * (e + 1) / (d * d), 0))
 
 
 def _softplus(x: Value, beta: float = 1, threshold: float = 20) -> Value:
@@ -391,7 +392,7 @@ ROWS: dict[str, Row] = {
     "sigmoid": Row(_sigmoid, narrow=True),
     "sigmoid_backward": Row(lambda g, y: g * (1 - y) * y),
     "tanh_backward": Row(lambda g, y: g * (1 - y * y)),
-    "silu": Row(lambda x: x * _sigmoid(x), narrow=True),
+    "silu": Row(lambda x: x / (1 + exp(-x)), narrow=True),
     "silu_backward": Row(_silu_backward, narrow=True),
     "mish": Row(lambda x: x * _tanh_softplus(x), narrow=True),
     "mish_backward": Row(_mish_backward, narrow=True),

@@ -15,6 +15,8 @@ from fusewright.errors import OutputNotWritable
 
 def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> None:
     """Raises OutputNotWritable before any work is done. option: what names `out` on the command line."""
+    if str(out) == "-":
+        raise OutputNotWritable(f"standard output has what the command prints; name a file with {option}")
     if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
         raise OutputNotWritable(f"{out} is the input itself; choose another name with {option}")
     if out.is_dir():

@@ -107,7 +107,8 @@ def page() -> str:
             "int8, int16, int32, int64.",
             "  Complex and quantised tensors run as ATen.",
             "- Promotion of dtypes, broadcasting, NaN, infinities and signed zeros are ATen's; functions are CUDA's "
-            "accurate ones, as in ATen.",
+            "accurate ones, as in ATen",
+            "  (activations in 16 bits: [precision](precision.md)).",
             "- Not covered: random operators (`bernoulli`, `rand_like`, dropout in training, `rrelu` in training). "
             "They run as ATen and draw",
             "  from torch's generator; the gradient of dropout is fused.",

@@ -7,6 +7,7 @@ candidate's is left in the L2 cache; a median of at least 50 trials is given wit
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import random
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,8 +178,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "versions": {name: version(name) for name in names},
+        "sources": _sources(),
         "card": found,
     }
+
+
+def _sources() -> str:
+    """Tells one state of fusewright's own code from another, where there is no commit to name."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cuh", ".hpp", ".cpp", ".j2")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def card() -> dict[str, str]:

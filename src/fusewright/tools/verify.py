@@ -310,7 +310,7 @@ def _many_recompilations() -> Iterator[None]:
 def render(report: Report) -> Group:
     """The report for a terminal: one row per check, then long details, such as a compiler's log, and what could not be
     checked."""
-    table = Table(title=f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}")
+    table = Table(title=Text(f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}"))
     table.add_column("check")
     table.add_column("")
     table.add_column("error / eager's", justify="right")
