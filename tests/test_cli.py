@@ -82,7 +82,11 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "constructor raises": (model(LINEAR).replace("return []", "return ['a']"), [], ["constructor", "TypeError"]),
     "not tensors": (model(LINEAR, inputs="'text'"), [], ["get_inputs()[0]", "must be a tensor"]),
     "no list": (model(LINEAR).replace("return []", "return 3"), [], ["get_init_inputs", "list"]),
-    "mixed devices": (model(LINEAR, inputs="torch.rand(2, 20, device='meta')"), [], ["get_inputs", "meta", "on one"]),
+    "mixed devices": (
+        model(LINEAR, inputs="torch.rand(2, 20, device='meta')"),
+        [],
+        ["get_inputs", "meta", "fill them"],
+    ),
     "wrong inner dimension": (model(LINEAR, inputs="torch.rand(24, 21)"), [], ["eager", "24x21 and 20x16"]),
     "fails in eager": (forward("raise ValueError('of its own')"), [], ["eager", "ValueError: of its own"]),
     "another dtype than the parameters": (
@@ -104,6 +108,30 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "out is a folder": (GOOD, ["-o", "."], ["folder", "-o"]),
     "out is a dash": (GOOD, ["-o", "-"], ["standard output", "-o"]),
     "out is the input": (GOOD, ["-o", "./model.py"], ["input itself", "-o"]),
+    "another mode": (
+        forward("return torch.relu(x) if self.training else x * 2"),
+        [],
+        ["model.py", "training mode", "in process"],
+    ),
+    "random in training": (
+        model("""
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x * 2)
+"""),
+        ["--allow-library"],
+        ["training mode", ".eval()"],
+    ),
+    "returns a number": (forward("return float(x.sum())"), [], ["type float", "return tensors"]),
+    "a tensor on the way": (
+        forward("return x * torch.tensor([2.0, 3.0]).sum()"),
+        ["--allow-library"],
+        ["forward makes a tensor", "buffer"],
+    ),
+    "parameters without values": (model(LINEAR.replace("16)", '16, device="meta")')), [], ["on meta", "fill them"]),
     "graph break": (forward("torch._dynamo.graph_break()", "return x"), [], ["not one graph"]),
     "depends on data": (forward("return x * 2 if x.sum() > 0 else x / 3"), [], ["not one graph"]),
     "changes its input": (

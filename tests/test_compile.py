@@ -104,5 +104,5 @@ def test_the_package_starts_without_torch() -> None:
 
 @pytest.mark.parametrize("model", [3, "model.py"])
 def test_what_is_no_model_is_refused(model: object) -> None:
-    with pytest.raises(InvalidSetting, match="a module or a function.*`fusewright optimize`"):
+    with pytest.raises(InvalidSetting, match=r"a module or a function.*`fusewright optimize`"):
         fusewright.compile(model)  # type: ignore[arg-type]

@@ -317,7 +317,7 @@ def test_only_what_has_no_kernel_is_blamed(epilogue: Any, operator: str) -> None
 def test_inside_a_transform_the_epilogue_is_not_blamed() -> None:
     weight = torch.randn(10, 9)
     for transform in (torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())):
-        with pytest.raises(CannotFuse, match="transform of torch.func"):
+        with pytest.raises(CannotFuse, match=r"transform of torch.func"):
             transform(lambda x: simulated(x, weight, epilogue=F.silu))(torch.randn(5, 9))
 
 

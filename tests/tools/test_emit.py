@@ -178,6 +178,54 @@ def test_constants_are_checked(tmp_path: Path) -> None:
         instance.model(*instance.inputs)
 
 
+def test_arguments_that_are_no_tensors_are_checked(tmp_path: Path) -> None:
+    """Given or default, also within a list: what they were when the file was written is in the kernels."""
+    body = """
+    def forward(self, x, factors, shift=3.0, *, both=True, mask=None):
+        y = x * factors[1] + shift
+        return torch.relu(y) if both else y
+"""
+    file = written(model(body, inputs="torch.rand(24, 20), [1.0, 2.5]"))
+    instance = loaded(file.text, tmp_path).instantiate(device="cpu")
+    x, factors = instance.inputs
+    wrong: list[tuple[list[Any], dict[str, Any]]] = [
+        ([x, [1.0, 3.5]], {}),
+        ([x, factors, 4.0], {}),
+        ([x, factors], {"both": False}),
+        ([x, factors], {"mask": x}),
+    ]
+    for arguments, named in wrong:
+        with pytest.raises(ValueError, match=r"factors\[1\] = 2\.5, shift = 3\.0, both = True, mask = None"):
+            instance.model(*arguments, **named)
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [("{'s': 2.0}", {"s": 3.0}), ("[1, (2.0, 'a')]", [1, (2.5, "a")]), ("float('inf')", 1.0)],
+)
+def test_constants_in_containers_are_checked(first: str, other: object, tmp_path: Path) -> None:
+    body = f"""
+    def __init__(self):
+        super().__init__()
+        self.given = {first}
+
+    def forward(self, x):
+        return torch.clamp(x, max=float(str(self.given).count("2") + 1))
+"""
+    instance = loaded(written(model(body)).text, tmp_path).instantiate(device="cpu")
+    instance.model.given = other
+    with pytest.raises(ValueError, match="these kernels were written for given = "):
+        instance.model(*instance.inputs)
+
+
+@pytest.mark.parametrize("line", ["import torch, torch.nn as nn", "import torch as torch, torch.nn as nn"])
+def test_torch_is_imported_once(line: str) -> None:
+    text = varied("no parameters").original.replace("import torch\nimport torch.nn as nn\n", f"{line}\n")
+    assert line in text
+    imports = [n for n in ast.parse(written(text).text).body if isinstance(n, ast.Import)]
+    assert sum(a.name == "torch" and a.asname in (None, "torch") for n in imports for a in n.names) == 1
+
+
 def test_constants_of_submodules_are_checked(tmp_path: Path) -> None:
     file = varied("sequential")
     instance = loaded(file.text, tmp_path).instantiate(device="cpu")

@@ -90,3 +90,19 @@ def test_of_what_torch_says_only_what_is_wrong(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tool, "capture", fail)
     with pytest.raises(CannotCapture, match=r"model.py:12: torch cannot trace the model: no such thing$"):
         optimize(request_for(tmp_path), console()[0])
+
+
+def test_a_tensor_that_is_neither_parameter_nor_buffer(tmp_path: Path) -> None:
+    request = request_for(tmp_path)
+    text = TEXT.replace("nn.Linear(20, 16)\n", "nn.Linear(20, 16)\n        self.gamma = torch.full((16,), 2.5)\n")
+    request.path.write_text(text.replace("* -1.5", "* self.gamma"))
+    assert optimize(request, console()[0]).check is not None
+    assert request.out.is_file()
+
+
+def test_newer_syntax_is_told(tmp_path: Path) -> None:
+    request = request_for(tmp_path, verify=False)
+    request.path.write_text(TEXT + "\n\ndef other(x):\n    match x:\n        case _:\n            return x\n")
+    shown, stream = console()
+    optimize(request, shown)
+    assert "Python 3.8 does not know: line" in stream.getvalue()

@@ -10,7 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ class CapturedModel:
     result: the structure that the model returns, an `OutputIndex` in the place of each tensor.
     sizes: the value of each size symbol in the inputs that the model was captured with.
     capabilities: those by which products of the forward and backward graphs read halves of their operands.
+    constants: what is no tensor among the arguments and defaults of `forward`, by the expression that gives it there.
     """
 
     arguments: tuple[str | None, ...]
@@ -66,6 +67,7 @@ class CapturedModel:
     result: Any
     sizes: Mapping[sympy.Symbol, int]
     capabilities: Capabilities | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Recorder:
@@ -148,7 +150,16 @@ def _capture(
     recorded = inference[0]
     assert recorded.graph is not None
     base = CapturedModel(
-        tuple(recorded.arguments), recorded.graph, None, None, (), outputs, result, recorded.sizes, capabilities
+        tuple(recorded.arguments),
+        recorded.graph,
+        None,
+        None,
+        (),
+        outputs,
+        result,
+        recorded.sizes,
+        capabilities,
+        _constants(model, inputs),
     )
     if joint is None or joint[0].split is None:
         return base
@@ -162,6 +173,26 @@ def _capture(
         raise CannotCapture("two results of the model share memory; return a copy of one of them")
     gradients = dict(zip(recorder.tangents, differentiable, strict=True))
     return _with_training(replace(base, sizes={**recorder.sizes, **base.sizes}), forward, backward, gradients)
+
+
+def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    bound = inspect.signature(undecorated(type(model).forward)).bind(model, *inputs)
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+
+    def collect(expression: str, value: Any) -> None:
+        if value is None or type(value) in (bool, int, float, str):
+            found[expression] = value
+        elif type(value) in (tuple, list):
+            for i, one in enumerate(value):
+                collect(f"{expression}[{i}]", one)
+        elif type(value) is dict:
+            for key, one in value.items():
+                collect(f"{expression}[{key!r}]", one)
+
+    for name, value in list(bound.arguments.items())[1:]:
+        collect(name, value)
+    return found
 
 
 def _differentiable(result: Any, returned: Any) -> list[int]:
@@ -217,7 +248,7 @@ def _record(
         for p, flag in required:
             p.requires_grad_(flag)
         torch._dynamo.reset()
-    _check_returned(returned)
+    check_returned(returned)
     if recorder.graph is None:
         raise CannotCapture("the model computes nothing on tensors")
     return recorder, returned
@@ -230,7 +261,7 @@ def first_paragraph(error: Exception) -> str:
     return f"{said} ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else said
 
 
-def _check_returned(returned: Any) -> None:
+def check_returned(returned: Any) -> None:
     """Raises CannotCapture for anything but tensors and, beside them, None."""
     leaves = pytree.tree_flatten_with_path(returned)[0]
     tensors = any(_is_tensor(leaf) for _, leaf in leaves)

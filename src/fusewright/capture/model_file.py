@@ -89,7 +89,11 @@ class ModelFile:
         with self._eager("the constructor of Model raises"):
             model = self.Model(*values)
         devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
-        if len(devices) > 1 or "meta" in devices:
+        if "meta" in devices:
+            raise MixedDevices(
+                f"{self.path}: parameters or buffers of the model are on meta, without values; fill them"
+            )
+        if len(devices) > 1:
             raise MixedDevices(f"{self.path}: the model's parameters live on {_names(devices)}; put them all on one")
         return model
 
@@ -109,6 +113,8 @@ class ModelFile:
         devices = {str(leaf.device) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
         if len(devices) > 1 or "meta" in devices:
             where = self._at(self._line("get_inputs"))
+            if devices == {"meta"}:
+                raise MixedDevices(f"{where}: the tensors of get_inputs are on meta, without values; fill them")
             raise MixedDevices(f"{where}: the tensors of get_inputs live on {_names(devices)}; put them all on one")
         return list(values)
 

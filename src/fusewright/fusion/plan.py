@@ -162,7 +162,9 @@ class Fallback:
     def name(self) -> str:
         target = dict(self.node.attributes).get("target")
         schema = getattr(target, "_schema", None)
-        return schema.name.split("::")[1] if schema else self.node.op
+        if schema:
+            return str(schema.name.split("::")[1])
+        return "a tensor that forward makes" if self.node.op == "aten" else self.node.op
 
     @property
     def operators(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
@@ -113,8 +114,13 @@ def _file(
 
 
 def _imports(before: str) -> str:
-    wanted = ["import torch", "from torch.utils.cpp_extension import load_inline"]
-    lines = [line for line in wanted if not re.search(rf"^{re.escape(line)}$", before, re.MULTILINE)]
+    imports = [node for node in ast.parse(before).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    there = {
+        (getattr(node, "module", None), a.name) for node in imports for a in node.names if a.asname in (None, a.name)
+    }
+    lines = [] if (None, "torch") in there else ["import torch"]
+    if ("torch.utils.cpp_extension", "load_inline") not in there:
+        lines.append("from torch.utils.cpp_extension import load_inline")
     return "\n".join([*lines, "", ""]) if lines else ""
 
 
@@ -326,10 +332,14 @@ def _forward(
     if added:
         calls["frozen"] = f"torch.ops.{space}.frozen({arguments}, *{source.arguments[0]}._halves)"
     lines = []
-    constants = _constants(model)
+    attributes = {f"{source.arguments[0]}{name}": value for name, value in _constants(model).items()}
+    constants = attributes | {
+        name: value for name, value in captured.constants.items() if value is None or _plain(value)
+    }
     if constants:
-        names, values = [source.arguments[0] + name for name in constants], [repr(v) for v in constants.values()]
-        wanted = ", ".join(f"{name.lstrip('.')} = {value}" for name, value in zip(constants, values, strict=True))
+        names, values = list(constants), [_literal(v) for v in constants.values()]
+        shown = [name.removeprefix(f"{source.arguments[0]}.") for name in names]
+        wanted = ", ".join(f"{name} = {value}" for name, value in zip(shown, values, strict=True))
         message = json.dumps(f"these kernels were written for {wanted}", ensure_ascii=False)
         lines += [f"if {_listed(names)} != {_listed(values)}:", f"    raise ValueError({message})"]
     result = captured.result
@@ -366,8 +376,33 @@ def _structure(value: Any) -> str:
     raise CannotCapture(f"the model returns a {type(value).__name__}; return tensors, tuples, lists or dicts")
 
 
+_LONGEST = 400  # characters of an attribute that is checked; a longer one is no setting
+
+
+def _literal(value: Any) -> str:
+    """The Python that gives a plain value."""
+    if type(value) is float and math.isinf(value):
+        return f'float("{value}")'
+    if type(value) is list:
+        return f"[{', '.join(map(_literal, value))}]"
+    if type(value) is tuple:
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{key!r}: {_literal(v)}" for key, v in value.items()) + "}"
+    return repr(value)
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is numbers and texts alone, perhaps in containers; NaN is not equal to itself."""
+    if type(value) in (tuple, list):
+        return all(map(_plain, value))
+    if type(value) is dict:
+        return all(map(_plain, (*value, *value.values())))
+    return type(value) in (bool, int, str) or (type(value) is float and not math.isnan(value))
+
+
 def _constants(model: nn.Module) -> dict[str, Any]:
-    """Numbers in the modules' attributes: the kernels hold them as constants, so they must not change unnoticed."""
+    """Plain values in the modules' attributes: kernels hold them as constants, so they must not change unnoticed."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):  # the shapes of its parameters are checked
@@ -376,6 +411,6 @@ def _constants(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if name.startswith("_") or name in ("training", "inplace"):
                 continue
-            if type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            if _plain(value) and len(repr(value)) <= _LONGEST:
                 found[f"{prefix}.{name}"] = value
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from rich.text import Text
 from torch.utils import _pytree as pytree
 
 from fusewright.capture import model_file
-from fusewright.capture.model import CapturedModel, capture, first_paragraph
+from fusewright.capture.model import CapturedModel, capture, check_returned, first_paragraph
 from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.capture.without_gpu import without_gpu
 from fusewright.chip import Chip
@@ -28,6 +29,7 @@ from fusewright.tools import explain, plan_check
 from fusewright.tools.emit import emit
 from fusewright.tools.files import check_output, write
 from fusewright.tools.freeze import kept
+from fusewright.tools.modes import check_modes
 from fusewright.tools.planned import Planned, plan_model
 from fusewright.tools.small import CHECKED, SIMULATED, run_eagerly, small
 from fusewright.tools.units import size
@@ -81,6 +83,7 @@ def optimize(request: Request, console: Console) -> Written:
         file, instance, captured = load_and_capture(
             request.path, request.settings, request.dtype, request.chip, library=request.library
         )
+        check_modes(file, instance.model, request.settings, request.dtype)
         emitted = emit(file, instance.model, captured, request.chip, library=request.library, dtype=request.dtype)
     explanation = _explained(request.path, instance, emitted.planned, request.chip, console)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
@@ -92,6 +95,10 @@ def optimize(request: Request, console: Console) -> Written:
         check = _check_without_gpu(request, file, emitted.planned, console) if request.verify else None
         write(request.out, emitted.text)
     console.print(f"wrote {request.out}", markup=False)
+    try:
+        ast.parse(emitted.text, feature_version=(3, 8))
+    except SyntaxError as error:
+        console.print(f"it keeps syntax that Python 3.8 does not know: line {error.lineno}: {error.msg}", markup=False)
     if emitted.frozen:
         held = size(kept(emitted.frozen))
         console.print(f"for inference, ModelNew.freeze() splits the parameters once and keeps {held} beside them")
@@ -132,8 +139,9 @@ def load_and_capture(
     """
     file = model_file.load(path, settings)
     instance = file.instantiate(dtype=dtype)
-    run_eagerly(file, settings, dtype)
+    returned = run_eagerly(file, settings, dtype)
     try:
+        check_returned(returned)
         with without_gpu():
             products = capabilities(chip, library=library, tensor_maps=True, tf32=tf32_allowed())
             return file, instance, capture(instance.model, instance.inputs, capabilities=products)

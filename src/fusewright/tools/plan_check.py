@@ -121,6 +121,9 @@ class _Trial:
         self.arguments = [_resolve(e, model, inputs) for e in captured.arguments]
         self.gradients: dict[int, torch.Tensor] = {}  # of the results that have one
         double = copy.deepcopy(model).double()
+        for module in double.modules():  # tensors that are neither parameters nor buffers
+            for name in [n for n in vars(module) if not n.startswith("_")]:
+                setattr(module, name, map_floating(getattr(module, name), torch.Tensor.double))
         wide = map_floating(inputs, torch.Tensor.double)
         with precision:
             self.eager = self._eager(model, inputs)

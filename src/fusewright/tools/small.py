@@ -62,25 +62,25 @@ def small(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | 
     return Small(instance.model, pytree.tree_map(cut, instance.inputs), f"batch {min(batch, _BATCH)}")
 
 
-def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | None) -> None:
-    """Raises EagerFailure if the model fails in eager mode.
+def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | None) -> Any:
+    """Returns what the model returns in eager mode. Raises EagerFailure if it fails.
 
     Without a GPU a model that takes long is run at small sizes; at its own if it fails there, for it may be right here.
     """
     bounded = _Bounded(math.inf if torch.cuda.is_available() else _QUICK)
     try:
         with bounded:
-            file.run(file.instantiate(dtype=dtype))
+            returned = file.run(file.instantiate(dtype=dtype))
     except EagerFailure:
         if bounded.left >= 0:
             raise
     if bounded.left >= 0:
-        return
+        return returned
     try:
         reduced = small(file, settings, dtype)
-        file.run(Instance(reduced.model, reduced.inputs))
+        return file.run(Instance(reduced.model, reduced.inputs))
     except FusewrightError:
-        file.run(file.instantiate(dtype=dtype))
+        return file.run(file.instantiate(dtype=dtype))
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
