@@ -189,6 +189,21 @@ def test_compile_all_keeps_order(own_cache: Path) -> None:
     assert compile_all([], "sm_90a") == []
 
 
+@pytest.mark.parametrize("initialized", [True, False])
+def test_the_compiler_loads_when_the_backend_is_looked_up(initialized: bool) -> None:
+    """In a process that uses CUDA already, which is pretended here."""
+    script = f"""
+import sys, torch
+torch.cuda.is_initialized = lambda: {initialized}
+torch.compile(torch.nn.Linear(2, 2), backend="fusewright")
+from fusewright.runtime.target import BACKGROUND
+BACKGROUND.shutdown()
+print("cuda.bindings.nvrtc" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == [str(initialized)], done.stderr[-2000:]
+
+
 def test_compile_all_raises(own_cache: Path) -> None:
     with pytest.raises(CompileError, match="kernel bad"):
         compile_all([SCALE, 'extern "C" __global__ void bad() { x; }'], "sm_90a")

@@ -25,10 +25,15 @@ from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.choose import capabilities
 from fusewright.runtime.autotune import executable_of
 from fusewright.runtime.graphs import Replayed
-from fusewright.runtime.target import GpuTarget, SimulatorTarget, Target
+from fusewright.runtime.target import BACKGROUND, GpuTarget, SimulatorTarget, Target, load_toolkit
 from fusewright.settings import Settings, tf32_allowed
 
 log = logging.getLogger("fusewright")
+
+# `torch.compile` imports this module, and Dynamo then takes a second before the first kernel is asked for. Only where
+# CUDA is in use already: whoever compiles for a CPU needs none of it.
+if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    BACKGROUND.submit(load_toolkit)
 
 _announced: set[str] = set()
 

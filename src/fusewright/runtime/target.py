@@ -56,7 +56,7 @@ class GpuTarget:
         return cls(chip_for(arch_of(torch.cuda.get_device_capability(device))))
 
     def prepare(self) -> None:
-        BACKGROUND.submit(_load_toolkit)
+        BACKGROUND.submit(load_toolkit)
 
     def load(self, launches: Sequence[LaunchSpec]) -> list[Run]:
         from fusewright.runtime.driver import load
@@ -114,7 +114,8 @@ class SimulatorTarget:
         return lambda buffer: encode(arg, buffer)
 
 
-def _load_toolkit() -> None:
+def load_toolkit() -> None:
+    """Loads NVRTC and the driver's bindings. Raises ToolMissing."""
     from fusewright.runtime import driver, nvrtc
 
     nvrtc.prepare()
