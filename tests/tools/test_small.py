@@ -74,3 +74,13 @@ def test_eager_is_run_at_sizes_that_are_quick(
     assert "512" in sizes("; assert len(x) == 512")
     with pytest.raises(EagerFailure, match="must have the same dtype"):
         sizes(inputs="torch.rand(rows, wide).double()")
+
+
+def test_an_empty_batch_is_checked_with_rows(tmp_path: Path) -> None:
+    found = reduced(model(BODY.format(16, "").replace("wide", "20"), inputs="torch.rand(0, 20)"), tmp_path)
+    assert found.inputs[0].shape[0] > 0 and found.inputs[0].norm() > 0 and "empty" in found.sizes
+
+
+def test_an_empty_batch_that_has_to_be(tmp_path: Path) -> None:
+    text = model(BODY.format(16, "[:, :0] + x.view(0, 20)[:, :0]").replace("wide", "20"), inputs="torch.rand(0, 20)")
+    assert reduced(text, tmp_path).inputs[0].shape == (0, 20)

@@ -240,7 +240,10 @@ def _record(
         with torch.set_grad_enabled(grad), postponed():
             returned = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
     except Unsupported as error:
-        raise CannotCapture(f"the model is not one graph: {first_paragraph(error)}") from None
+        raise CannotCapture(
+            f"the model is not one graph: {first_paragraph(error)}; let it be one, or run it in process, where each graph "
+            'is compiled: torch.compile(model, backend="fusewright")'
+        ) from None
     except BackendCompilerFailed as error:
         inner = error.inner_exception if hasattr(error, "inner_exception") else error
         raise inner from None

@@ -49,9 +49,13 @@ def small(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | 
             other.run(instance)
         except FusewrightError:
             continue
+        if (grown := _grown(other, instance)) is not None:
+            return grown
         sizes = ", ".join(f"{name} = {value}" for name, value in replaced.items()) or "the file's own sizes"
         return Small(instance.model, instance.inputs, sizes)
     instance = file.instantiate(dtype=dtype, device="cpu")
+    if (grown := _grown(file, instance)) is not None:
+        return grown
     tensors = [t for t in pytree.tree_leaves(instance.inputs) if isinstance(t, torch.Tensor) and t.dim()]
     batch = tensors[0].shape[0] if tensors else 0
 
@@ -60,6 +64,25 @@ def small(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | 
         return value if whole else value[:_BATCH].clone()
 
     return Small(instance.model, pytree.tree_map(cut, instance.inputs), f"batch {min(batch, _BATCH)}")
+
+
+def _grown(file: ModelFile, instance: Instance) -> Small | None:
+    """With rows, where the file's batch is empty and the model takes another: of no rows nothing can be said."""
+
+    def grown(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0]:
+            return value
+        rows = value.new_zeros((_BATCH, *value.shape[1:]))
+        return rows.normal_() if value.is_floating_point() else rows
+
+    inputs = pytree.tree_map(grown, instance.inputs)
+    if all(a is b for a, b in zip(pytree.tree_leaves(inputs), pytree.tree_leaves(instance.inputs), strict=True)):
+        return None
+    try:
+        file.run(Instance(instance.model, inputs))
+    except FusewrightError:
+        return None
+    return Small(instance.model, inputs, f"batch {_BATCH}, where the file's own is empty")
 
 
 def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dtype | None) -> Any:
