@@ -241,8 +241,8 @@ def _record(
             returned = torch.compile(model, backend=recorder, fullgraph=True)(*inputs)
     except Unsupported as error:
         raise CannotCapture(
-            f"the model is not one graph: {first_paragraph(error)}; let it be one, or run it in process, where each graph "
-            'is compiled: torch.compile(model, backend="fusewright")'
+            f"the model is not one graph: {first_paragraph(error)}; let it be one, or run it in process, where each of "
+            'its graphs is compiled: torch.compile(model, backend="fusewright")'
         ) from None
     except BackendCompilerFailed as error:
         inner = error.inner_exception if hasattr(error, "inner_exception") else error
