@@ -113,6 +113,26 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         [],
         ["model.py", "training mode", "in process"],
     ),
+    "more results in another mode": (
+        forward("y = torch.relu(x)", "return (y, y * 2) if self.training else (y,)"),
+        [],
+        ["training mode"],
+    ),
+    "dropout of its own": (
+        model(
+            """
+    def __init__(self):
+        super().__init__()
+        self.drop = Drop(0.5)
+
+    def forward(self, x):
+        return self.drop(x * 2)
+""",
+            before="class Drop(nn.Dropout):\n    pass\n\n\n",
+        ),
+        ["--allow-library"],
+        ["training mode"],
+    ),
     "random in training": (
         model("""
     def __init__(self):
@@ -128,7 +148,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "returns a number": (forward("return float(x.sum())"), [], ["type float", "return tensors"]),
     "a tensor on the way": (
         forward("return x * torch.tensor([2.0, 3.0]).sum()"),
-        ["--allow-library"],
+        [],
         ["forward makes a tensor", "buffer"],
     ),
     "parameters without values": (model(LINEAR.replace("16)", '16, device="meta")')), [], ["on meta", "fill them"]),

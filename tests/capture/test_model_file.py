@@ -457,7 +457,7 @@ def test_unreadable_file(write: Writer) -> None:
             "torch.ones(3)]",
             "torch.ones(3), torch.ones(1, device='meta')]",
             MixedDevices,
-            ":8: the tensors of get_inputs",
+            ":8: tensors of get_inputs",
         ),
         ("torch.ones(3))", "torch.ones(3, device='meta'))", MixedDevices, "are on meta, without values"),
     ],

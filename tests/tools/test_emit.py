@@ -218,6 +218,21 @@ def test_constants_in_containers_are_checked(first: str, other: object, tmp_path
         instance.model(*instance.inputs)
 
 
+def test_constants_of_modules_whose_names_are_no_names(tmp_path: Path) -> None:
+    body = """
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"a-b": nn.LeakyReLU(0.2)})
+
+    def forward(self, x):
+        return self.parts["a-b"](x)
+"""
+    instance = loaded(written(model(body)).text, tmp_path).instantiate(device="cpu")
+    instance.model.parts["a-b"].negative_slope = 0.3
+    with pytest.raises(ValueError, match="negative_slope = 0"):
+        instance.model(*instance.inputs)
+
+
 @pytest.mark.parametrize("line", ["import torch, torch.nn as nn", "import torch as torch, torch.nn as nn"])
 def test_torch_is_imported_once(line: str) -> None:
     text = varied("no parameters").original.replace("import torch\nimport torch.nn as nn\n", f"{line}\n")

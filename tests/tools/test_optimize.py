@@ -106,3 +106,11 @@ def test_newer_syntax_is_told(tmp_path: Path) -> None:
     shown, stream = console()
     optimize(request, shown)
     assert "Python 3.8 does not know: line" in stream.getvalue()
+
+
+def test_a_random_model_is_not_judged(tmp_path: Path) -> None:
+    request = request_for(tmp_path, library=True)
+    request.path.write_text(TEXT.replace("* -1.5)", "* -1.5) + torch.rand_like(self.gemm(x))"))
+    shown, stream = console()
+    assert optimize(request, shown).check is None
+    assert "nothing was checked" in stream.getvalue() and request.out.is_file()

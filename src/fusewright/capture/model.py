@@ -150,16 +150,16 @@ def _capture(
     recorded = inference[0]
     assert recorded.graph is not None
     base = CapturedModel(
-        tuple(recorded.arguments),
-        recorded.graph,
-        None,
-        None,
-        (),
-        outputs,
-        result,
-        recorded.sizes,
-        capabilities,
-        _constants(model, inputs),
+        arguments=tuple(recorded.arguments),
+        inference=recorded.graph,
+        forward=None,
+        backward=None,
+        saved=(),
+        outputs=outputs,
+        result=result,
+        sizes=recorded.sizes,
+        capabilities=capabilities,
+        constants=_constants(model, inputs),
     )
     if joint is None or joint[0].split is None:
         return base
@@ -176,6 +176,7 @@ def _capture(
 
 
 def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """As CapturedModel has them."""
     bound = inspect.signature(undecorated(type(model).forward)).bind(model, *inputs)
     bound.apply_defaults()
     found: dict[str, Any] = {}
@@ -188,7 +189,8 @@ def _constants(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
                 collect(f"{expression}[{i}]", one)
         elif type(value) is dict:
             for key, one in value.items():
-                collect(f"{expression}[{key!r}]", one)
+                if type(key) in (bool, int, str):  # of which repr is what one writes
+                    collect(f"{expression}[{key!r}]", one)
 
     for name, value in list(bound.arguments.items())[1:]:
         collect(name, value)

@@ -111,10 +111,10 @@ class ModelFile:
                 where = "get_inputs()" + pytree.keystr(path)
                 raise self._wrong("get_inputs", f"{where} is {_kind(leaf)}; it must be a tensor or a number")
         devices = {str(leaf.device) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
-        if len(devices) > 1 or "meta" in devices:
-            where = self._at(self._line("get_inputs"))
-            if devices == {"meta"}:
-                raise MixedDevices(f"{where}: the tensors of get_inputs are on meta, without values; fill them")
+        where = self._at(self._line("get_inputs"))
+        if "meta" in devices:
+            raise MixedDevices(f"{where}: tensors of get_inputs are on meta, without values; fill them")
+        if len(devices) > 1:
             raise MixedDevices(f"{where}: the tensors of get_inputs live on {_names(devices)}; put them all on one")
         return list(values)
 

@@ -229,11 +229,7 @@ class HostPrinter:
             return [f"{step.results[0]} = at::sum({inputs[0]}, at::IntArrayRef{braces(node.attribute('dims'))});"]
         if node.op != "aten":
             raise NoKernel(f"{step.name} has no kernel ({step.reason}) and cannot be written as a library call")
-        schema = getattr(node.attribute("target"), "_schema", None)
-        if schema is None:  # the target is a tensor that forward makes
-            raise NoKernel(
-                "forward makes a tensor that a written file cannot hold; let the constructor make it, as a buffer"
-            )
+        schema = step.schema
         given = dict(zip((a.name for a in schema.arguments), node.attribute("args"), strict=False))
         given |= dict(node.attribute("kwargs"))
         arguments = [at_argument(a, given.get(a.name, a.default_value), inputs) for a in schema.arguments]

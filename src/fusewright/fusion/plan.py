@@ -160,11 +160,19 @@ class Fallback:
 
     @property
     def name(self) -> str:
-        target = dict(self.node.attributes).get("target")
-        schema = getattr(target, "_schema", None)
-        if schema:
-            return str(schema.name.split("::")[1])
-        return "a tensor that forward makes" if self.node.op == "aten" else self.node.op
+        if self.schema:
+            return str(self.schema.name.split("::")[1])
+        return "a tensor that forward makes" if self.makes else self.node.op
+
+    @property
+    def schema(self) -> Any:
+        """ATen's; None where no operator of ATen runs."""
+        return getattr(dict(self.node.attributes).get("target"), "_schema", None)
+
+    @property
+    def makes(self) -> bool:
+        """Whether it is a tensor that forward makes, and the graph holds."""
+        return self.node.op == "aten" and self.schema is None
 
     @property
     def operators(self) -> list[str]:

@@ -17,9 +17,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Named = Mapping[str, "Tensor | None"]
 
@@ -53,6 +55,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     bits = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(*bits)
+
+
+def same_results(one: Any, other: Any) -> bool:
+    """Whether two models returned the same: in structure, and bit for bit."""
+    leaves, structure = pytree.tree_flatten(one)
+    others, another = pytree.tree_flatten(other)
+    return structure == another and all(
+        isinstance(b, Tensor) and same_bits(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def classes(t: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def emit(
         if buffer.dtype not in AT_TYPES:
             known = ", ".join(str(d).removeprefix("torch.") for d in AT_TYPES)
             raise UnsupportedDtype(f"{buffer.name} is {str(buffer.dtype).removeprefix('torch.')}; kernels take {known}")
+    if any(f.makes for p in planned for f in p.plan.fallbacks):
+        raise NoKernel("forward makes a tensor, which a written file cannot hold; let the constructor make it a buffer")
     missing = sorted({f"{f.name} ({f.reason})" for p in planned for f in p.plan.fallbacks})
     if missing and not library:
         raise NoKernel(
@@ -401,13 +403,18 @@ def _plain(value: Any) -> bool:
     return type(value) in (bool, int, str) or (type(value) is float and not math.isnan(value))
 
 
+def _member(name: str) -> str:
+    """How a module's child is reached: of a ModuleList, by a name, or by one that is none of Python's."""
+    return f"[{name}]" if name.isdigit() else f".{name}" if name.isidentifier() else f"._modules[{name!r}]"
+
+
 def _constants(model: nn.Module) -> dict[str, Any]:
     """Plain values in the modules' attributes: kernels hold them as constants, so they must not change unnoticed."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):  # the shapes of its parameters are checked
             continue
-        prefix = "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in path.split(".") if p)
+        prefix = "".join(map(_member, filter(None, path.split("."))))
         for name, value in vars(module).items():
             if name.startswith("_") or name in ("training", "inplace"):
                 continue

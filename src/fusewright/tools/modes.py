@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fusewright.capture.model import undecorated
 from fusewright.capture.model_file import SEED, Instance, ModelFile
 from fusewright.errors import CannotCapture
+from fusewright.tools.comparison import same_results
 from fusewright.tools.small import small
 
 
@@ -27,7 +27,7 @@ def check_modes(file: ModelFile, model: nn.Module, settings: Mapping[str, object
         reduced = small(file, settings, dtype)
         torch.manual_seed(SEED)
         found.append(file.run(Instance(reduced.model.train(training), reduced.inputs)))
-    if not _same(*found):
+    if not same_results(*found):
         raise CannotCapture(
             f"{file.place_of_forward()}: the model computes something else in training mode than after .eval(), and a "
             "written file has one of the two; let forward not depend on the mode, or run the model in process, where "
@@ -38,13 +38,6 @@ def check_modes(file: ModelFile, model: nn.Module, settings: Mapping[str, object
 def _asks(file: ModelFile, model: nn.Module) -> bool:
     if any(isinstance(node, ast.Attribute) and node.attr == "training" for node in ast.walk(file.tree)):
         return True
-    torchs = [type(m).forward for m in model.modules() if type(m).__module__.startswith("torch.")]
-    return any("training" in inspect.getsource(forward) for forward in torchs)
-
-
-def _same(one: object, other: object) -> bool:
-    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
-    return all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b
-        for a, b in pairs
-    )
+    # What torch wrote, which the tree does not show, a class of the file may inherit.
+    codes = [getattr(undecorated(type(m).forward), "__code__", None) for m in model.modules()]
+    return any(code is not None and "training" in code.co_names for code in codes)

@@ -201,6 +201,9 @@ def _check_without_gpu(
         if reduced.parameters > CHECKED:
             console.print(Text("the model is too large to check without a GPU; nothing was checked", "yellow"))
             return None
+        if not reduced.repeats():
+            console.print(Text("eager itself gives something else each time; nothing was checked", "yellow"))
+            return None
         simulate = reduced.parameters <= SIMULATED
         outcome = plan_check.check(reduced, request.chip, planned, request.schedules if simulate else 0)
     console.print(checked(outcome))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from fusewright.capture import model_file
 from fusewright.capture.model_file import Instance, ModelFile
 from fusewright.errors import EagerFailure, FusewrightError
+from fusewright.tools.comparison import same_results
 
 LARGE = 256
 # Larger than one tile of a kernel and no multiple of it, so that full and ragged tiles are both there.
@@ -34,6 +35,11 @@ class Small:
     model: nn.Module
     inputs: list[Any]
     sizes: str
+
+    def repeats(self) -> bool:
+        """Whether the model gives the same twice, and draws no random numbers."""
+        with torch.no_grad():
+            return same_results(self.model(*self.inputs), self.model(*self.inputs))
 
     @property
     def parameters(self) -> int:
