@@ -97,6 +97,7 @@ class GemmConfig:
     tile: tuple[int, int] = (128, 256)
     stages: int = 4
     cluster: int = 1
+    split_k: int = 1
     major_a: str = "K"
     major_b: str = "K"
     promote: int = 64
@@ -136,7 +137,7 @@ struct Config {{
     using Element = {self.element};
     static constexpr int kProducts = {self.products}, kTileM = {self.tile[0]}, kTileN = {self.tile[1]};
     static constexpr int kStages = {self.stages}, kCluster = {self.cluster}, kPromote = {self.promote};
-    static constexpr int kGroup = {self.group}, kVector = {self.vector};
+    static constexpr int kSplitK = {self.split_k}, kGroup = {self.group}, kVector = {self.vector};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{self.major_a};
     static constexpr fusewright::Major kMajorB = fusewright::Major::{self.major_b};
     static constexpr bool kScaled = {str(self.scaled).lower()}, kPingPong = {str(self.ping_pong).lower()};
@@ -301,7 +302,8 @@ class Gemm:
         self.config = config
         made = Kernel(cubin, "gemm", config.shared_bytes) if cubin else None
         self.kernel = made or SimulatedKernel(config.source(), "gemm", config.shared_bytes)
-        self.blocks = multiprocessors(cubin) // config.cluster * config.cluster
+        together = config.cluster * config.split_k
+        self.blocks = max(1, multiprocessors(cubin) // together) * together
 
     def prepare(
         self,
@@ -318,10 +320,10 @@ class Gemm:
         c = self.config
         M, N = reversed(out.shape) if c.registers else out.shape
         K = k if k is not None else a.shape[-1] if c.major_a == "K" else a.shape[-2]
-        clusters = -(-M // (c.tile[0] * c.cluster)) * -(-N // c.tile[1])
+        clusters, together = -(-M // (c.tile[0] * c.cluster)) * -(-N // c.tile[1]), c.cluster * c.split_k
         args = [tensor_map(a), tensor_map(b, c.panel), M, N, K, *exponents, bias, out, factor, slope]
-        grid = (min(self.blocks, clusters * c.cluster), 1)
-        return lambda: self.kernel.launch(grid, 384, args, c.cluster)
+        grid = (min(self.blocks, clusters * together), 1)
+        return lambda: self.kernel.launch(grid, 384, args, together)
 
 
 class Split:

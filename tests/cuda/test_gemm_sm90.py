@@ -140,12 +140,15 @@ def test_product_with_epilogue(kind: str, majors: tuple[str, str], cluster: int,
             assert torch.equal(result, multiply(config, a, b, bias, 2.0, 0.1))
 
 
-@pytest.mark.parametrize(("kind", "cluster", "columns"), [("bf16", 2, 72), ("bf16 ping-pong", 1, 264)])
+@pytest.mark.parametrize(
+    ("kind", "cluster", "ways", "columns"), [("bf16", 2, 1, 72), ("bf16", 1, 2, 264), ("bf16 ping-pong", 1, 1, 264)]
+)
 def test_any_order_of_threads_gives_the_same(
-    kind: str, cluster: int, columns: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, cluster: int, ways: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SimulatedKernel, "schedules", 3)
-    config = replace(KINDS[kind], major_b="MN", stages=2, cluster=cluster)  # compiled above too
+    config = replace(KINDS[kind], major_b="MN", stages=2, cluster=cluster, split_k=ways)  # compiled above too
+    config = replace(config, tile=(128, 128)) if ways > 1 else config
     a, b = Operand(config, 136, 200, "K", "cpu"), Operand(config, columns, 200, "MN", "cpu")
     result = multiply(config, a, b, bias_of(columns, "cpu"), 1.0, 1.0)
     reference = a.values.double() @ b.values.double().T + bias_of(columns, "cpu").double()
@@ -217,6 +220,57 @@ def test_other_tiles(kind: str, tile: tuple[int, int], majors: tuple[str, str], 
         result = multiply(config, a, b, bias_of(n, device), 1.0, 1.0)
         reference = a.values.double() @ b.values.double().T + bias_of(n, device).double()
         assert relative(result, reference) < TOLERANCE[kind], (m, n, k)
+
+
+# Tile, blocks that share B, blocks that share K, stages; and the majors, of which each has one pair, in turn.
+SPLIT_K = [
+    ("bf16", (128, 128), 1, 2, 6),
+    ("bf16", (128, 128), 2, 2, 6),
+    ("f16", (128, 64), 1, 2, 8),
+    ("f16x1", (128, 128), 2, 2, 6),
+    ("f16x3", (128, 128), 1, 2, 3),
+    ("f16x3", (128, 128), 1, 4, 3),
+    ("f16x3", (128, 64), 1, 2, 4),
+]
+SPLIT_K_MAJORS = [(*case, MAJORS[i % 4]) for i, case in enumerate(SPLIT_K)]
+
+
+def split_k(kind: str, tile: tuple[int, int], cluster: int, ways: int, majors: tuple[str, str]) -> GemmConfig:
+    return replace(other(kind, tile, majors, 2), cluster=cluster, split_k=ways, vector=4)
+
+
+@pytest.mark.parametrize(("kind", "tile", "cluster", "ways", "stages", "majors"), SPLIT_K_MAJORS)
+def test_split_k_compiles_without_spills_or_warnings(
+    kind: str, tile: tuple[int, int], cluster: int, ways: int, stages: int, majors: tuple[str, str]
+) -> None:
+    config = replace(split_k(kind, tile, cluster, ways, majors), stages=stages)
+    resources = compile_cubin(config.source(), "sm_90a").resources["gemm"]
+    assert resources.spill_bytes == resources.stack_bytes == 0 and resources.registers == 168
+    assert config.shared_bytes <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "tile", "cluster", "ways", "stages", "majors"),
+    each_device(SPLIT_K_MAJORS, [(*case, majors) for case, majors in itertools.product(SPLIT_K, MAJORS)]),
+)
+def test_blocks_that_share_k(
+    kind: str, tile: tuple[int, int], cluster: int, ways: int, stages: int, majors: tuple[str, str], device: str
+) -> None:
+    """Parts of K with and without tiles of it; columns that end within the first part of a tile; several tiles a block,
+    so that what is exchanged lies in one stage after another."""
+    config = split_k(kind, tile, cluster, ways, majors)
+    config = replace(config, stages=stages if device == "cuda" else 2)
+    shapes = [(136, 8, 72), (136, tile[1] + 24, 328)]
+    if device == "cuda":
+        shapes += [(600, 392, 4096), (2824, 2056, 1160), (1000, 3000, 72)]
+    for m, n, k in shapes:
+        a, b = Operand(config, m, k, majors[0], device), Operand(config, n, k, majors[1], device)
+        result = multiply(config, a, b, bias_of(n, device), 2.0, 0.1)
+        reference = (a.values.double() @ b.values.double().T + bias_of(n, device).double()) * 2
+        reference = torch.where(reference > 0, reference, reference * 0.1)
+        assert relative(result, reference) < TOLERANCE[kind], (m, n, k)
+        if device == "cuda":
+            assert torch.equal(result, multiply(config, a, b, bias_of(n, device), 2.0, 0.1))
 
 
 @pytest.mark.parametrize(

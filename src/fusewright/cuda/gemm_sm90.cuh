@@ -2,8 +2,10 @@
 //
 // A persistent, warp-specialised pipeline. In each block one thread (the producer) copies tiles of A and B to a ring of
 // shared-memory stages through TMA; two warpgroups (the consumers) multiply them and hand their sums to the epilogue
-// while the producer already loads the next tile. Blocks of a cluster lie below each other: they want the same tile of
-// B, so each copies a part of it and multicasts that to all.
+// while the producer already loads the next tile. Blocks of a cluster may lie below each other: they want the same tile
+// of B, so each copies a part of it and multicasts that to all. And they may share K (split-K), where there are too few
+// tiles for the chip: each sums a part of K, then all exchange their sums through a stage of the ring, and each finishes
+// some of the columns.
 //
 // The consumers either cooperate, each on half of a tile's rows, or play ping-pong: each computes every other tile of
 // the block alone, so that one's epilogue runs beside the other's products.
@@ -27,7 +29,8 @@ namespace fusewright {
 //   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
 //   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
-//   kCluster       1 or 2 blocks
+//   kCluster       1 or 2 blocks that share a tile of B
+//   kSplitK        1, 2 or 4 blocks that share a tile's K; the cluster has kCluster · kSplitK
 //   kMajorA, kMajorB
 //   kPromote       k summed by the tensor cores before promotion (three products): 16, 32 or 64
 //   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
@@ -37,7 +40,8 @@ namespace fusewright {
 template <class Config> struct GemmSm90 {
     using Element = typename Config::Element;
     static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
-    static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
+    static constexpr int kCluster = Config::kCluster, kSplitK = Config::kSplitK, kBlocks = kCluster * kSplitK;
+    static constexpr int kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
     static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
     static constexpr bool kPingPong = Config::kPingPong, kWhole = Config::kWhole;
@@ -61,18 +65,28 @@ template <class Config> struct GemmSm90 {
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
+    // What a block finishes of its tile.
+    static constexpr int kPartN = kTileN / kSplitK, kPartSums = kSums / kSplitK;
+    static_assert(kPanelsB % kCluster == 0 && kTileN % kSplitK == 0 && kPartN % kSlabColumns == 0);
     static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
     static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
+    static_assert(kSplitK == 1 || !kPingPong);
 
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, 8 flags a tile: whether a warp lost bits (see LostBits)
+        uint8_t* lost = nullptr;  // if given, 8 flags for each kPartN columns of a tile: whether a warp lost bits (LostBits)
 
-        __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
+        // Of each block: as many for all, so that their rings go round alike. Beyond K copies are zeros.
+        __device__ int k_tiles() const { return int((K + kTileK * kSplitK - 1) / (kTileK * kSplitK)); }
     };
+
+    // Place in the cluster: the block's among those that share B, and among those that share K; and the first rank of the
+    // former.
+    __device__ __forceinline__ static int rank_of_rows() { return kCluster > 1 ? cluster_rank() % kCluster : 0; }
+    __device__ __forceinline__ static int rank_of_k() { return kSplitK > 1 ? cluster_rank() / kCluster : 0; }
+    __device__ __forceinline__ static int first_rank() { return rank_of_k() * kCluster; }
 
     // The stage in turn, and the parity of the round that it is in.
     struct Ring {
@@ -101,25 +115,30 @@ template <class Config> struct GemmSm90 {
         __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
         __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
         __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
-        __device__ uint64_t* turn(int group) const { return full(2 * kStages + group); }
+        __device__ uint64_t* turn(int group) const { return full(2 * kStages + group); }  // in ping-pong
+        __device__ uint64_t* room() const { return turn(0); }                             // where blocks share K
     };
     using Memory = MemoryFor<kPlanes * kPlaneA>;
     static constexpr int kSharedBytes = Memory::kBytes;
+    static constexpr int kExchangeBytes = (kSplitK - 1) * kTileM * kPartN * 4;  // that a block receives for a tile
+    static_assert(kExchangeBytes <= Memory::kStageBytes);
 
     // The tiles of this block, in the order in which it computes them; both roles walk the same.
     struct Tiles {
         int rows, columns, index;  // of the grid of cluster tiles; index: the cluster's next
+        int parts;                 // of kPartN columns that a row has
 
         __device__ explicit Tiles(const Operands& x)
             : rows(int((x.M + kTileM * kCluster - 1) / (kTileM * kCluster))),
               columns(int((x.N + kTileN - 1) / kTileN)),
-              index(blockIdx.x / kCluster) {}
+              index(blockIdx.x / kBlocks),
+              parts(int((x.N + kPartN - 1) / kPartN)) {}
         __device__ bool more() const { return index < rows * columns; }
-        __device__ void advance() { index += gridDim.x / kCluster; }
+        __device__ void advance() { index += gridDim.x / kBlocks; }
         __device__ int first_row() const { return group_start() + in_group() % group_rows(); }
         __device__ int m() const { return (first_row() * kCluster + int(blockIdx.x % kCluster)) * kTileM; }
         __device__ int n() const { return in_group() / group_rows() * kTileN; }
-        __device__ int64_t tile() const { return int64_t(m() / kTileM) * columns + n() / kTileN; }
+        __device__ int64_t part(int n) const { return int64_t(m() / kTileM) * parts + n / kPartN; }  // of its first column
 
       private:
         __device__ int group_start() const { return index / (Config::kGroup * columns) * Config::kGroup; }
@@ -127,7 +146,7 @@ template <class Config> struct GemmSm90 {
         __device__ int in_group() const { return index % (Config::kGroup * columns); }
     };
 
-    // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kCluster; kThreads threads; kSharedBytes.
+    // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kBlocks; kThreads threads; kSharedBytes.
     // Kernel: whose memory, loads and consumers these are, for kernels that share the rest.
     template <class Kernel = GemmSm90, class Epilogue>
     __device__ __forceinline__ static void run(const Operands& operands, const Epilogue& epilogue) {
@@ -143,7 +162,7 @@ template <class Config> struct GemmSm90 {
             Kernel::consume(operands, memory, epilogue);
         }
         // A block stays until nobody in the cluster can still arrive at its barriers or copy to its memory.
-        if constexpr (kCluster > 1) cluster_sync();
+        if constexpr (kBlocks > 1) cluster_sync();
     }
 
     template <class AnyMemory>
@@ -155,10 +174,11 @@ template <class Config> struct GemmSm90 {
                 mbarrier_init(memory.full(stage), 1);
                 mbarrier_init(memory.empty(stage), kTileWarps * kCluster);
             }
-            for (int group = 0; group < kConsumers; ++group) mbarrier_init(memory.turn(group), 4);
+            for (int group = 0; group < kConsumers; ++group)
+                mbarrier_init(memory.turn(group), kSplitK > 1 ? kSplitK - 1 : 4);
             mbarrier_fence_init();
         }
-        if constexpr (kCluster > 1) cluster_sync();
+        if constexpr (kBlocks > 1) cluster_sync();
         else __syncthreads();
     }
 
@@ -168,14 +188,27 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory) {
         Ring ring;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
-            const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
+            const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles(), first = rank_of_k() * k_tiles;
             for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
                 mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);  // the first round finds every stage empty
                 mbarrier_arrive_expect_tx(memory.full(ring.stage), memory.kStageBytes);
-                Kernel::load_a(operands, memory, ring.stage, m, k_tile * kTileK);
-                load_b(operands, memory, ring.stage, n, k_tile * kTileK);
+                Kernel::load_a(operands, memory, ring.stage, m, (first + k_tile) * kTileK);
+                load_b(operands, memory, ring.stage, n, (first + k_tile) * kTileK);
+            }
+            if constexpr (kSplitK > 1) {
+                make_room(memory, ring);
+                ring.advance();
             }
         }
+    }
+
+    // The stage in turn is filled by the consumers of the blocks that share K with this one, who are told that they may.
+    __device__ __forceinline__ static void make_room(const Memory& memory, const Ring& ring) {
+        mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);
+        mbarrier_arrive_expect_tx(memory.full(ring.stage), kExchangeBytes);
+#pragma unroll
+        for (int other = 1; other < kSplitK; ++other)
+            mbarrier_arrive_remote(memory.room(), (cluster_rank() + other * kCluster) % kBlocks);
     }
 
     __device__ __forceinline__ static void load_a(const Operands& operands, const Memory& memory, int stage, int m,
@@ -193,7 +226,7 @@ template <class Config> struct GemmSm90 {
     template <class AnyMemory>
     __device__ __forceinline__ static void load_b(const Operands& operands, const AnyMemory& memory, int stage, int n,
                                                   int k) {
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
+        const int rank = rank_of_rows();
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
@@ -203,7 +236,7 @@ template <class Config> struct GemmSm90 {
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
-                    tensor_load_multicast(destination, &operands.b, full, x, y, plane, (1 << kCluster) - 1);
+                    tensor_load_multicast(destination, &operands.b, full, x, y, plane, ((1 << kCluster) - 1) << first_rank());
                 else
                     tensor_load(destination, &operands.b, full, x, y, plane);
             }
@@ -212,6 +245,7 @@ template <class Config> struct GemmSm90 {
     // ---- Consumers --------------------------------------------------------------------------------------------------
 
     using Sums = float[kBlocksM][kSums];
+    using Part = float[kBlocksM][kPartSums];
 
     template <class Epilogue>
     __device__ __forceinline__ static void consume(const Operands& operands, const Memory& memory,
@@ -220,7 +254,8 @@ template <class Config> struct GemmSm90 {
         Tiles tiles(operands);
         const int group = uniform(threadIdx.x / 128) - 1, k_tiles = operands.k_tiles();
         const int first_block = kPingPong ? 0 : group * kBlocksM;  // of 64 rows: this group's in the tile
-        uint32_t parity = group ^ 1;  // of the turn that is waited for: group 0 finds the first one come
+        // Of the turn that is waited for: group 0 finds the first one come. Or of the room.
+        uint32_t parity = kPingPong ? group ^ 1 : 0;
         if (kPingPong && group == 1) pass_over(tiles, ring, k_tiles);
         for (; tiles.more(); tiles.advance()) {
             Sums sums;
@@ -229,24 +264,77 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, first_block, k_tiles);
             else
                 compute(sums, ring, memory, first_block, k_tiles);
-            // The last cluster may have a block too many.
-            if (kCluster == 1 || tiles.m() < operands.M)
+            if constexpr (kSplitK > 1) {
+                Part part;
+                exchange(sums, part, ring, memory, parity);
+                conclude(part, tiles, first_block, operands, memory, epilogue);
+            } else {
                 conclude(sums, tiles, first_block, operands, memory, epilogue);
+            }
             if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
             parity ^= 1;
         }
     }
 
+    // A part of the tile for each block: to the others go their sums, and theirs are added to this one's.
+    __device__ __forceinline__ static void exchange(Sums& sums, Part& part, Ring& ring, const Memory& memory,
+                                                    uint32_t parity) {
+        constexpr int kThreadsOf = 128 * kConsumers, kChunks = kPartSums / 4;
+        const int thread = threadIdx.x - 128, rank = rank_of_k();
+        float4* received = reinterpret_cast<float4*>(memory.a(ring.stage)) + thread;
+        const auto place = [](int other, int block, int chunk) {
+            return (((other - 1) * kBlocksM + block) * kChunks + chunk) * kThreadsOf;
+        };
+        // Registers have no index: this block's part comes first, then that of the next rank, and so on.
+#pragma unroll 1
+        for (int i = 0; i < rank; ++i)
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block) turn_round<kPartSums>(sums[block]);
+        mbarrier_wait(memory.room(), parity);
+#pragma unroll
+        for (int other = 1; other < kSplitK; ++other)
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+                for (int chunk = 0; chunk < kChunks; ++chunk) {
+                    const float* from = &sums[block][other * kPartSums + chunk * 4];
+                    store_async(received + place(other, block, chunk), memory.full(ring.stage),
+                                (cluster_rank() + other * kCluster) % kBlocks,
+                                make_float4(from[0], from[1], from[2], from[3]));
+                }
+        mbarrier_wait(memory.full(ring.stage), ring.parity);
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                float* to = &part[block][chunk * 4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[i] = sums[block][chunk * 4 + i];
+#pragma unroll
+                for (int other = 1; other < kSplitK; ++other) {
+                    const float4 theirs = received[place(other, block, chunk)];
+                    to[0] += theirs.x, to[1] += theirs.y, to[2] += theirs.z, to[3] += theirs.w;
+                }
+            }
+        fence_proxy_async();  // bulk copies overwrite what came by another way
+        __syncwarp();
+        release(memory, ring.stage);
+        ring.advance();
+    }
+
     // From complete sums to results.
     template <class Epilogue>
-    __device__ __forceinline__ static void conclude(Sums& sums, const Tiles& tiles, int first_block,
+    __device__ __forceinline__ static void conclude(Part& sums, const Tiles& tiles, int first_block,
                                                     const Operands& operands, const Memory& memory,
                                                     const Epilogue& epilogue) {
-        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
+        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16;
+        const int n = tiles.n() + rank_of_k() * kPartN;
+        // The last cluster may have a block too many, and the last tile parts.
+        if ((kCluster > 1 && tiles.m() >= operands.M) || (kSplitK > 1 && n >= operands.N)) return;
         if constexpr (kScaled) {
             if (operands.lost) {
                 float* slab = memory.slab(threadIdx.x / 32 - 4);
-                note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+                note_lost(operands, tiles.part(n), lost_bits(operands).found(sums, slab, m, n));
             }
             undo_scale(sums, operands);
         }
@@ -357,13 +445,13 @@ template <class Config> struct GemmSm90 {
     template <class AnyMemory> __device__ __forceinline__ static void release(const AnyMemory& memory, int stage) {
         const int lane = threadIdx.x % 32;
         if constexpr (kCluster > 1) {
-            if (lane < kCluster) mbarrier_arrive_remote(memory.empty(stage), lane);
+            if (lane < kCluster) mbarrier_arrive_remote(memory.empty(stage), first_rank() + lane);
         } else {
             if (lane == 0) mbarrier_arrive(memory.empty(stage));
         }
     }
 
-    __device__ __forceinline__ static LostBits<kBlocksM, kSums> lost_bits(const Operands& x) {
+    __device__ __forceinline__ static LostBits<kBlocksM, kPartSums> lost_bits(const Operands& x) {
         return {x.split_a, x.split_b, x.M, x.N, x.K};
     }
 
@@ -376,9 +464,9 @@ template <class Config> struct GemmSm90 {
     // m: the warp's first row. A warp whose rows and columns all exist takes a path without bounds: there the epilogue
     // is straight code, whose loads the compiler can issue together and early.
     template <class Epilogue>
-    __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
+    __device__ __forceinline__ static void finish(Part& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N))
+        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kPartN <= operands.N))
             turn<true>(sums, operands, memory, m, n, epilogue);
         else
             turn<false>(sums, operands, memory, m, n, epilogue);
@@ -386,14 +474,14 @@ template <class Config> struct GemmSm90 {
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kInside, class Epilogue>
-    __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
+    __device__ __forceinline__ static void turn(Part& sums, const Operands& operands, const Memory& memory,
                                                 int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll(kInside ? kTileN / kSlabColumns : 1)
-            for (int column = 0; column < kTileN; column += kSlabColumns) {
+#pragma unroll(kInside ? kPartN / kSlabColumns : 1)
+            for (int column = 0; column < kPartN; column += kSlabColumns) {
                 __syncwarp();
                 write_slab(slab, &sums[block][kInside ? column / 2 : 0], lane);
                 __syncwarp();
@@ -432,13 +520,13 @@ template <class Config> struct GemmSm90 {
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.
-    __device__ __forceinline__ static void undo_scale(Sums& sums, const Operands& operands) {
+    __device__ __forceinline__ static void undo_scale(Part& sums, const Operands& operands) {
         const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
         const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sums[block][i] = sums[block][i] * half * rest;
+            for (int i = 0; i < kPartSums; ++i) sums[block][i] = sums[block][i] * half * rest;
     }
 
     // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.

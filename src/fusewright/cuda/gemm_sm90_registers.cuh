@@ -17,7 +17,8 @@ template <class Config> struct GemmSm90Registers {
     using Ring = typename Gemm::Ring;
     using Tiles = typename Gemm::Tiles;
     static constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN, kTileK = Gemm::kTileK, kSums = Gemm::kSums;
-    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled && !Gemm::kPingPong);
+    static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled && !Gemm::kPingPong &&
+                  Gemm::kSplitK == 1);
 
     // A box holds 32 floats of each of 64 lines: of 64 rows where A is K-major, else of 64 k.
     static constexpr bool kAlongK = Gemm::kMajorA == Major::K;

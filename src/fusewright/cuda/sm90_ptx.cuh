@@ -102,6 +102,19 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
     return done;
 }
 
+// Stores 16 bytes to this address in block `rank` of the cluster, and counts them at the barrier that lies at this address
+// there, as bulk copies are counted. Not by their proxy.
+__device__ __forceinline__ void store_async(void* destination, uint64_t* barrier, uint32_t rank, float4 values) {
+    asm volatile(
+        "{\n\t.reg .b32 to, at;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+        "mapa.shared::cluster.u32 at, %1, %2;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [at];\n\t}" ::"r"(
+            shared_address(destination)),
+        "r"(shared_address(barrier)), "r"(rank), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+        : "memory");
+}
+
 // ---- Bulk tensor copies (TMA) ---------------------------------------------------------------------------------------
 
 // Makes this thread's writes to shared memory (and those that it knows of through barriers) visible to bulk copies and

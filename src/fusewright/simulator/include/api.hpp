@@ -81,6 +81,8 @@ void fence_proxy_async();
 // Bulk tensor copies. at: coordinates of the box, innermost first. blocks: of the cluster, as bits; 0: its own.
 void tensor_load(void* destination, const void* map, void* barrier, const int* at, unsigned dimensions,
                  unsigned blocks);
+// Arrives in block `rank` of the cluster, and is counted there as a copy is.
+void store_async(void* destination, void* barrier, unsigned rank, const void* values, unsigned bytes);
 void tensor_store(const void* map, const void* source, const int* at, unsigned dimensions);
 void tensor_store_commit();
 // read: waits only until shared memory has been read.

@@ -45,6 +45,10 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
     return simulator::mbarrier_wait(barrier, parity);
 }
 
+__device__ __forceinline__ void store_async(void* destination, uint64_t* barrier, uint32_t rank, float4 values) {
+    simulator::store_async(destination, barrier, rank, &values, sizeof values);
+}
+
 // ---- Bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void fence_proxy_async() { simulator::fence_proxy_async(); }

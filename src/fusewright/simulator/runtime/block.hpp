@@ -156,6 +156,8 @@ class Block {
     // Bulk tensor copies (bulk.cpp).
     void tensor_load(Thread& thread, const void* destination, const void* map, const void* barrier, const int* at,
                      unsigned dimensions, unsigned blocks, const char* pc);
+    void store_async(Thread& thread, const void* destination, const void* barrier, unsigned rank, const void* values,
+                     unsigned bytes, const char* pc);
     void tensor_store(Thread& thread, const void* map, const void* source, const int* at, unsigned dimensions,
                       const char* pc);
     void tensor_store_wait(Thread& thread, unsigned pending, bool read);

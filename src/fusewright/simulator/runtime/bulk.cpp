@@ -75,26 +75,50 @@ void Block::tensor_load(Thread& thread, const void* destination, const void* poi
                      ", with neither fence.mbarrier_init nor fence.proxy.async between the two");
         target.shadow.launch_copy(thread, true, mbarrier.slot, offset, map.bytes(), pc);
         std::memset(target.memory(offset), 0xff, map.bytes());
-        BulkLoad load{&target, &mbarrier, offset, map, {}, pc};
+        BulkLoad load{&target, &mbarrier, offset, map.bytes(), map, {}, {}, pc};
         std::copy_n(at, dimensions, load.at.begin());
         cluster_.loads.push_back(load);
     }
 }
 
+// PTX ISA, "st.async".
+void Block::store_async(Thread& thread, const void* destination, const void* barrier, unsigned rank, const void* values,
+                        unsigned bytes, const char* pc) {
+    const size_t offset = check_shared(thread, destination, bytes, bytes, "stores", pc);
+    const size_t counted = check_shared(thread, barrier, 8, 8, "counts a store at an mbarrier", pc);
+    if (rank >= cluster_.size())
+        fail(thread, Failure::kUndefined, pc,
+             "stores to block " + std::to_string(rank) + " of its cluster, which has " +
+                 std::to_string(cluster_.size()));
+    Block& target = cluster_.block(rank);
+    if (target.live_ == 0)
+        fail(thread, Failure::kUndefined, pc,
+             "stores to shared memory of " + target.title() + ", whose threads have all left the kernel");
+    Mbarrier& mbarrier = target.find_mbarrier(thread, counted, pc);
+    target.shadow.launch_copy(thread, false, mbarrier.slot, offset, bytes, pc);
+    std::memset(target.memory(offset), 0xff, bytes);
+    const char* first = static_cast<const char*>(values);
+    cluster_.loads.push_back({&target, &mbarrier, offset, bytes, {}, {}, {first, first + bytes}, pc});
+}
+
 // Called between threads: not by one.
 void Block::land_load(const BulkLoad& load) {
-    const TensorMap& map = load.map;
-    std::vector<char> line(map.line_bytes());
-    map.each_line(load.at.data(), [&](unsigned i, uint64_t address, unsigned first, unsigned bytes) {
-        std::fill(line.begin(), line.end(), 0);
-        if (bytes) std::memcpy(line.data() + first, reinterpret_cast<const char*>(address), bytes);
-        swap_lines(map, memory(load.destination), load.destination, i, line.data(), true);
-    });
+    if (load.stored.empty()) {
+        const TensorMap& map = load.map;
+        std::vector<char> line(map.line_bytes());
+        map.each_line(load.at.data(), [&](unsigned i, uint64_t address, unsigned first, unsigned bytes) {
+            std::fill(line.begin(), line.end(), 0);
+            if (bytes) std::memcpy(line.data() + first, reinterpret_cast<const char*>(address), bytes);
+            swap_lines(map, memory(load.destination), load.destination, i, line.data(), true);
+        });
+    } else {
+        std::memcpy(memory(load.destination), load.stored.data(), load.bytes);
+    }
     Mbarrier& barrier = *load.barrier;
     const uint32_t stamp = clock_.stamp(barrier.copies);
-    shadow.land_copy(stamp, barrier.slot, load.destination, map.bytes(), load.pc);
+    shadow.land_copy(stamp, barrier.slot, load.destination, load.bytes, load.pc);
     clock_.release(barrier.copies, barrier.arriving);
-    barrier.bytes -= map.bytes();
+    barrier.bytes -= static_cast<int64_t>(load.bytes);
     if (barrier.bytes < -Mbarrier::kMostBytes || (barrier.pending == 0 && barrier.bytes < 0))
         return set_failure(threads_[0], Failure::kPhase, load.pc,
                            "waits, and to the mbarrier at " + describe_shared(barrier.offset) + " came " +
@@ -169,6 +193,11 @@ void tensor_load(void* destination, const void* map, void* barrier, const int* a
                  unsigned blocks) {
     Thread& thread = *current_thread();
     thread.block->tensor_load(thread, destination, map, barrier, at, dimensions, blocks, CALLER);
+}
+
+void store_async(void* destination, void* barrier, unsigned rank, const void* values, unsigned bytes) {
+    Thread& thread = *current_thread();
+    thread.block->store_async(thread, destination, barrier, rank, values, bytes, CALLER);
 }
 
 void tensor_store(const void* map, const void* source, const int* at, unsigned dimensions) {

@@ -46,7 +46,7 @@ bool Cluster::run(uint64_t index, SimulatorFailure& failure) {
     }
     enter(*blocks_[0]);
     for (const BulkLoad& load : loads)  // after a failure: as if never written
-        load.target->shadow.land_copy(0, load.barrier->slot, load.destination, load.map.bytes(), nullptr);
+        load.target->shadow.land_copy(0, load.barrier->slot, load.destination, load.bytes, nullptr);
     for (auto& block : blocks_) block->end_block();
     return !failed_;
 }

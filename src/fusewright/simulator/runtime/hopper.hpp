@@ -34,12 +34,14 @@ struct Mbarrier {
     std::vector<Thread*> waiting;
 };
 
+// What arrives in shared memory by itself and is counted at an mbarrier: a box of a tensor, or what a thread stored.
 struct BulkLoad {
     Block* target;
     Mbarrier* barrier;  // of that block
-    size_t destination;
+    size_t destination, bytes;
     TensorMap map;
     std::array<int, kMostDimensions> at;
+    std::vector<char> stored;  // or else a box
     const char* pc;
 };
 

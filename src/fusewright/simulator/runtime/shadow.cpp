@@ -94,7 +94,7 @@ inline void Shadow::touch_cell(Thread& thread, Access access, Cell& cell, size_t
     if (access != Access::kWrite) check_read(thread, thread, cell, offset, pc);
     if (access == Access::kRead) return record_read(thread, cell, offset, pc);
     check_write(thread, access, cell, offset, pc);
-    cell = {thread.clock, 0, pc, nullptr, thread.index, 0, access == Access::kAtomic, false};
+    cell = {thread.clock, 0, pc, nullptr, thread.index, 0, access == Access::kAtomic, false, true};
 }
 
 inline void Shadow::check_read(Thread& thread, const Agent& agent, Cell& cell, size_t offset, const char* pc) {
@@ -157,13 +157,13 @@ void Shadow::launch_copy(Thread& thread, bool bulk, uint16_t writer, size_t offs
     each_cell(offset, bytes, [&](Cell& cell, size_t at) {
         check_write(thread, Access::kWrite, cell, at, pc);
         if (bulk) check_fenced(thread, thread, cell, at, "is about to be overwritten by", pc);
-        cell = {kInFlight, 0, pc, nullptr, writer, 0, false, false};
+        cell = {kInFlight, 0, pc, nullptr, writer, 0, false, false, !bulk};
     });
 }
 
 void Shadow::land_copy(uint32_t stamp, uint16_t writer, size_t offset, size_t bytes, const char* pc) {
     each_cell(offset, bytes, [&](Cell& cell, size_t) {
-        cell = {stamp, 0, pc, nullptr, writer, 0, false, false};
+        cell = {stamp, 0, pc, nullptr, writer, 0, false, false, cell.generic};
     });
 }
 
@@ -197,8 +197,7 @@ void Shadow::forget_reads() {
 // Writes by threads go through the generic proxy: a fence must lie between them and the asynchronous proxy's accesses.
 void Shadow::check_fenced(Thread& thread, const Agent& agent, const Cell& cell, size_t offset, const char* verb,
                           const char* pc) {
-    const bool generic = cell.write >= clock_.birth() && cell.writer < threads_;
-    if (generic && !clock_.fenced(agent, static_cast<uint32_t>(base_ + cell.writer), cell.write))
+    if (cell.write >= clock_.birth() && cell.generic && !clock_.fenced(agent, static_cast<uint32_t>(base_ + cell.writer), cell.write))
         thread.fail(Failure::kFence, pc,
                     "starts an asynchronous operation, and " + owner_.describe_shared(offset) + ", which " +
                         owner_.agent_name(cell.writer) + " wrote at " + source(cell.write_pc) + ", " + verb +

@@ -54,6 +54,7 @@ class Shadow {
         uint16_t reader;
         bool atomic;  // the write was atomic
         bool shared;  // several threads read: their stamps are in readers_
+        bool generic;  // the write was not by the asynchronous proxy
     };
     static constexpr uint32_t kInFlight = ~0u;
 
