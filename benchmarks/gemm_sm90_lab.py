@@ -86,6 +86,7 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(f"registers {major} c{cluster}", config, [(8192, 1024, 8192)])
     yield Experiment("registers 128", with_(REGISTERS, tile=(128, 128), stages=4), [(8192, 1024, 8192)])
     yield from tiles()
+    yield from split_k()
     short = [(2048, 2048, k) for k in (128, 256, 512, 1024, 4096)]
     yield Experiment("f16x3 accuracy", F16X3, short, False, ("normal", "uniform"))
 
@@ -115,6 +116,22 @@ def tiles() -> Iterator[Experiment]:
                 yield Experiment(
                     f"tile {name} K {k} c{cluster}", with_(plain[name], cluster=cluster), [(4096, 4096, k)]
                 )
+
+
+def split_k() -> Iterator[Experiment]:
+    """Blocks that share K, and tiles that they compete with, where tiles are few: sizes of the random sweep."""
+    stages = {"bf16": {64: 8, 96: 7, 128: 6, 192: 4}, "f16x3": {64: 4, 96: 3, 128: 3}}
+    ways = {
+        "bf16": ((64, 1, 1), (64, 1, 2), (128, 1, 1), (128, 2, 1), (128, 1, 2), (128, 2, 2)),
+        "f16x3": ((64, 1, 1), (64, 1, 2), (96, 1, 1), (96, 1, 3), (128, 1, 1), (128, 1, 2), (128, 1, 4)),
+    }
+    shapes = [(768, 696, 4096), (851, 736, 6272), (1536, 600, 7800), (728, 1536, 6648), (1072, 2048, 5248)]
+    for label, config in (("bf16", BF16), ("f16x3", F16X3)):
+        for n, cluster, split in ways[label]:
+            changed = with_(config, tile=(128, n), stages=stages[label][n], cluster=cluster, split_k=split, vector=4)
+            yield Experiment(f"split-K {label} {n} c{cluster} s{split} debug", changed.debug(), SHAPES, timed=False)
+            for shape in shapes:
+                yield Experiment(f"split-K {label} {n} c{cluster} s{split} {shape}", changed, [shape])
 
 
 # ---- Compiling ------------------------------------------------------------------------------------------------------

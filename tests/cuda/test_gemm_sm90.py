@@ -231,6 +231,7 @@ SPLIT_K = [
     ("f16x3", (128, 128), 1, 2, 3),
     ("f16x3", (128, 128), 1, 4, 3),
     ("f16x3", (128, 64), 1, 2, 4),
+    ("f16x3", (128, 96), 1, 3, 3),
 ]
 SPLIT_K_MAJORS = [(*case, MAJORS[i % 4]) for i, case in enumerate(SPLIT_K)]
 
@@ -257,10 +258,10 @@ def test_blocks_that_share_k(
     kind: str, tile: tuple[int, int], cluster: int, ways: int, stages: int, majors: tuple[str, str], device: str
 ) -> None:
     """Parts of K with and without tiles of it; columns that end within the first part of a tile; several tiles a block,
-    so that what is exchanged lies in one stage after another."""
+    so that what is exchanged lies in one stage after another; and so few k that the ring holds several tiles."""
     config = split_k(kind, tile, cluster, ways, majors)
-    config = replace(config, stages=stages if device == "cuda" else 2)
-    shapes = [(136, 8, 72), (136, tile[1] + 24, 328)]
+    config = replace(config, stages=stages if device == "cuda" else 3)
+    shapes = [(136, 8, 72), (136, 2 * tile[1] + 24, 72), (136, tile[1] + 24, 328)]
     if device == "cuda":
         shapes += [(600, 392, 4096), (2824, 2056, 1160), (1000, 3000, 72)]
     for m, n, k in shapes:

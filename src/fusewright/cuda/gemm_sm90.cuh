@@ -30,7 +30,7 @@ namespace fusewright {
 //   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
 //   kCluster       1 or 2 blocks that share a tile of B
-//   kSplitK        1, 2 or 4 blocks that share a tile's K; the cluster has kCluster · kSplitK
+//   kSplitK        1 to 4 blocks that share a tile's K; the cluster has kCluster · kSplitK
 //   kMajorA, kMajorB
 //   kPromote       k summed by the tensor cores before promotion (three products): 16, 32 or 64
 //   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
@@ -78,8 +78,12 @@ template <class Config> struct GemmSm90 {
         SplitOperand split_a, split_b;  // where kScaled
         uint8_t* lost = nullptr;  // if given, 8 flags for each kPartN columns of a tile: whether a warp lost bits (LostBits)
 
-        // Of each block: as many for all, so that their rings go round alike. Beyond K copies are zeros.
-        __device__ int k_tiles() const { return int((K + kTileK * kSplitK - 1) / (kTileK * kSplitK)); }
+        // Of each block: as many for all, so that their rings go round alike; beyond K copies are zeros. And a round of the
+        // ring at least, so that a producer waits for this tile's exchange before it makes room for the next one's.
+        __device__ int k_tiles() const {
+            const int share = int((K + kTileK * kSplitK - 1) / (kTileK * kSplitK));
+            return kSplitK > 1 ? max(share, kStages - 1) : share;
+        }
     };
 
     // Place in the cluster: the block's among those that share B, and among those that share K; and the first rank of the

@@ -42,7 +42,10 @@ from fusewright.kernels.split_f16 import (
 ARCH = "sm_90a"
 THREADS, TILE_K = 384, 64
 _LINE = 8  # elements: bulk copies want lines at multiples of 16 bytes
+_SLAB = 32  # columns that a warp finishes at once, at least
 _LEAST_K = {1: 64, 3: 128}  # by products: below, plain float32 is as fast or more accurate
+# Where K is shared: steps of it for each block, at least; tiles a multiprocessor, at most.
+_LEAST_SHARE, _FEW_TILES = 6, 2
 # Seldom runs, and always compiles.
 _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unroll=2)
 
@@ -51,6 +54,8 @@ _TF32, _FP32 = 0.85, 0.72
 # Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread:
 # with nothing but a store to do, for each operation, for each function, and where tiles end beyond the result.
 _LAUNCH, _STORE, _OPERATION, _FUNCTION, _BOUNDED = 3e-6, 1e-6 / 128, 0.1e-6 / 128, 3e-6 / 128, 6e-6 / 128
+# And what the exchange between blocks that share K does, by sums of a thread.
+_EXCHANGED = 2e-6 / 128
 # Primitives of an instruction or two, as comparisons are; all others are functions.
 _SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
 
@@ -60,7 +65,8 @@ class Tile:
     """What one block computes. efficiency: share of the peak rate when the chip is full and copies keep up.
 
     registers: the right operand is rounded in registers. ping_pong: each warpgroup computes whole tiles, in turn.
-    cluster: blocks that lie below each other, of which each fetches a part of the right operand for all.
+    cluster: blocks that lie below each other, of which each fetches a part of the right operand for all. split: blocks
+    that share a tile's K.
     """
 
     m: int
@@ -69,10 +75,22 @@ class Tile:
     registers: bool = False
     ping_pong: bool = False
     cluster: int = 1
+    split: int = 1
 
     def __str__(self) -> str:
         how = " in registers" if self.registers else " ping-pong" if self.ping_pong else ""
-        return f"{self.m}×{self.n}×{TILE_K}{how}{' in pairs' if self.cluster == 2 else ''}"
+        pairs, split = " in pairs" if self.cluster == 2 else "", f" split-K {self.split}" if self.split > 1 else ""
+        return f"{self.m}×{self.n}×{TILE_K}{how}{pairs}{split}"
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return self.cluster * self.split
+
+    @property
+    def part(self) -> int:
+        """Columns that a block finishes."""
+        return self.n // self.split
 
     @property
     def sums(self) -> int:
@@ -86,6 +104,15 @@ class Tile:
     def pairs(self, major: str) -> bool:
         """Whether two blocks can fetch equal parts of a right operand of `major`."""
         return major == "K" or -(-self.n // PANEL) % 2 == 0
+
+    def splits(self, products: int, major: str) -> list[int]:
+        """Among how many blocks it can share its K: each finishes whole slabs, and what it gets from the others fits a
+        stage."""
+        if self.registers or self.ping_pong:
+            return []
+        room = sum(self.stage(products, major))
+        fitting = (s for s in (2, 3, 4) if self.n % (s * _SLAB) == 0 and (s - 1) * self.m * self.n // s * 4 <= room)
+        return list(fitting)
 
     def stage(self, products: int, major: str) -> tuple[int, int]:
         """Bytes of the left and of the right operand, of `major`, in a stage of the ring: whole panels."""
@@ -153,8 +180,10 @@ class GemmSm90:
         gemm = region.gemm
         assert gemm is not None
         make = _split_program if gemm.encoded else _direct_program
-        tiles = IN_REGISTERS if _in_registers(gemm) else TILES[_products(gemm)]
-        programs = [make(self.name, region, tile, chip) for tile in (*tiles, *_pairs(gemm, tiles, chip))]
+        tiles: Sequence[Tile] = IN_REGISTERS if _in_registers(gemm) else TILES[_products(gemm)]
+        tiles = (*tiles, *_pairs(gemm, tiles, chip))
+        tiles = (*tiles, *_splits(gemm, tiles, chip))
+        programs = [make(self.name, region, tile, chip) for tile in tiles]
         if _products(gemm) == 3:  # where the first fills the chip no other is better, nor worth compiling
             programs = [p for p in programs if p.cost <= programs[0].cost]
         return sorted(programs, key=lambda p: p.cost)
@@ -195,6 +224,7 @@ class HalfProducts:
 
     def _best(self, m: float, n: float, k: float, tiles: Sequence[Tile]) -> float:
         copies = Copies("K", _ALL_COPIES[0][1], _ALL_COPIES[0][1])
+        tiles = (*tiles, *_shared(tiles, m, n, k, self.products, "K", self.chip))
         return min(_seconds(m, n, k, tile, self.products, copies, self.chip) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
@@ -243,6 +273,32 @@ def _pairs(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
     return [replace(t, cluster=2) for t in tiles if waits(t) and t.pairs(b.major) and blocks(a.extent, t.m) != 1]
 
 
+def _splits(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
+    """Tiles whose K several blocks share; of a K that is not known, none."""
+    k = gemm.a.shape[1]
+    if not isinstance(k, int):
+        return []
+    a, b = _split_operands(gemm) if gemm.encoded else _operands(gemm)
+    m, n = (evaluate_typical(o.extent) for o in (a, b))
+    return _shared(tiles, m, n, k, _products(gemm), b.major, chip)
+
+
+def _shared(tiles: Sequence[Tile], m: float, n: float, k: float, products: int, major: str, chip: Chip) -> list[Tile]:
+    """Tiles whose K is shared, where they are few and each block gets steps enough."""
+
+    def pays(tile: Tile) -> bool:
+        wanted = -(-m // (tile.m * tile.cluster)) * -(-n // tile.n)
+        return wanted <= _FEW_TILES * chip.multiprocessors and k >= tile.split * _LEAST_SHARE * TILE_K
+
+    shared = (replace(tile, split=s) for tile in tiles for s in tile.splits(products, major))
+    return [tile for tile in shared if pays(tile)]
+
+
+def _clusters_at_once(tile: Tile, chip: Chip) -> int:
+    """Larger clusters than pairs do not use the chip up: each lies within one of its parts."""
+    return (chip.multiprocessors if tile.blocks <= 2 else chip.multiprocessors * 7 // 8) // tile.blocks
+
+
 def _copies_in_bulk(operand: Operand) -> bool:
     stride = operand.line_stride
     return stride != 0 and divides(_LINE, stride) is not None
@@ -267,10 +323,10 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     a, b = _split_operands(gemm)
     # Of few products only float32 sums are accurate enough; of none there is nothing to split.
     least = _LEAST_K[3] if _products(gemm) == 3 else 1
-    guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.n), least, chip)
+    guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.part), least, chip)
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
     seconds = _region_seconds(region, tile, a, b, chip) + _LAUNCH
-    workspaces = (lost_flags(_tiles(a, b, tile)),)
+    workspaces = (lost_flags(_parts(a, b, tile)),)
     return Program(family, region, launches, workspaces, seconds, variant=str(tile))
 
 
@@ -313,8 +369,8 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
             _instantiation(element, tile, ring, products, vector, left, right),
             "\n".join(kernel),
         ),
-        grid=(_clusters(a, b, tile, gemm.a.shape[1], chip) * tile.cluster, 1, 1),
-        cluster=(tile.cluster, 1, 1),
+        grid=(_clusters(a, b, tile, gemm.a.shape[1], chip) * tile.blocks, 1, 1),
+        cluster=(tile.blocks, 1, 1),
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=ring[1],
@@ -324,14 +380,15 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     )
 
 
-def _tiles(a: Operand, b: Operand, tile: Tile) -> Size:
-    return blocks(a.extent, tile.m) * blocks(b.extent, tile.n)
+def _parts(a: Operand, b: Operand, tile: Tile) -> Size:
+    """Of tiles: those that a block finishes."""
+    return blocks(a.extent, tile.m) * blocks(b.extent, tile.part)
 
 
 def _clusters(a: Operand, b: Operand, tile: Tile, k: Size, chip: Chip) -> Size:
     """As many as there is work for, at most as many as run at once; none where there is nothing to sum."""
     wanted = blocks(a.extent, tile.m * tile.cluster) * blocks(b.extent, tile.n)
-    return smaller(wanted * (1 if isinstance(k, int) else sympy.Min(k, 1)), chip.multiprocessors // tile.cluster)
+    return smaller(wanted * (1 if isinstance(k, int) else sympy.Min(k, 1)), _clusters_at_once(tile, chip))
 
 
 def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, epilogue: bool) -> LaunchSpec | None:
@@ -339,7 +396,7 @@ def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, e
     if epilogue:
         return _launch(region, tile, a, b, chip, wide=False)
     if tile.registers:
-        return mark_lost(region.name, _tiles(a, b, tile))
+        return mark_lost(region.name, _parts(a, b, tile))
     return None if isinstance(a, SplitOperand) else gemm_launch(region, _PATCH, wide=False)
 
 
@@ -352,7 +409,8 @@ def _instantiation(
     return f"""struct Config {{
     using Element = {element};
     static constexpr int kProducts = {products}, kTileM = {m}, kTileN = {n}, kStages = {stages};
-    static constexpr int kCluster = {tile.cluster}, kPromote = {promote}, kGroup = 8, kVector = {vector};
+    static constexpr int kCluster = {tile.cluster}, kSplitK = {tile.split}, kGroup = 8, kVector = {vector};
+    static constexpr int kPromote = {promote};
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
     static constexpr bool kScaled = {boolean(isinstance(a, SplitOperand))}, kPingPong = {boolean(tile.ping_pong)};
     static constexpr bool kWhole = {boolean(tiled((a.extent, b.extent), (m, n)))};
@@ -365,7 +423,7 @@ def _vector(region: Region, tile: Tile) -> int:
     """Columns that a thread finishes at once: 16 bytes of a 16-bit result whose rows are multiples of that."""
     stored = [s.access.dtype.itemsize for s in region.stores if not s.access.bits]
     eight = stored and max(stored) <= 2 and divides(8, region.columns) is not None
-    return 8 if eight and tile.n % 64 == 0 and not tile.registers else 4
+    return 8 if eight and tile.part % 64 == 0 and not tile.registers else 4
 
 
 # ---- Cost
@@ -422,16 +480,16 @@ def _seconds(
 ) -> float:
     """Predicted: waves of whole tiles, the last of what is left over; and each wave's epilogue, of so many seconds a
     sum. In ping-pong all epilogues but the last run beside products, as far as these last. Tiles that end beyond the
-    result finish late."""
-    steps, at_once = -(-k // TILE_K), chip.multiprocessors // tile.cluster * tile.cluster
-    full, rest = divmod(-(-m // (tile.m * tile.cluster)) * tile.cluster * -(-n // tile.n), at_once)
+    result finish late. Blocks that share K take their steps of it each, and their share of the epilogue."""
+    steps, at_once = -(-k // (TILE_K * tile.split)), _clusters_at_once(tile, chip) * tile.blocks
+    full, rest = divmod(-(-m // (tile.m * tile.cluster)) * tile.blocks * -(-n // tile.n), at_once)
 
     def wave(tiles: float) -> float:
         return steps * max(_multiplied(tile, products, chip), _copied(tile, products, copies, tiles)) if tiles else 0.0
 
     waves, main = full + (rest > 0), full * wave(at_once) + wave(rest)
-    finish = tile.sums * epilogue
-    late = tile.sums * _BOUNDED if m % tile.m or n % tile.n else 0.0
+    finish = tile.sums / tile.split * epilogue + (tile.sums * _EXCHANGED if tile.split > 1 else 0.0)
+    late = tile.sums / tile.split * _BOUNDED if m % tile.m or n % tile.n else 0.0
     if tile.ping_pong:
         return _LAUNCH + main + max(0.0, (finish - main / waves) / 2) * (waves - 1) + finish + late
     return _LAUNCH + main + waves * finish + late
