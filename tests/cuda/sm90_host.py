@@ -173,13 +173,14 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def tensor_map(x: torch.Tensor, rows: int = 64) -> Any:
+def tensor_map(x: torch.Tensor, rows: int = 64, tf32: bool = False) -> Any:
     """The map of a tensor [rows, columns], 16-bit or float32, or planes [2, rows, columns]; columns of unit stride.
 
-    Box: 128 bytes (64 columns, float32 32) × `rows` rows of one plane, 128-byte swizzle, zeros outside.
+    Box: 128 bytes (64 columns, float32 32) × `rows` rows of one plane, 128-byte swizzle, zeros outside. tf32: floats
+    arrive rounded.
     """
     if x.device.type == "cpu":
-        return _simulated_map(x, rows)
+        return _simulated_map(x, rows, tf32)
     d = _driver()
     planes = x if x.ndim == 3 else x[None]
     dims = [planes.shape[2], planes.shape[1], planes.shape[0]]
@@ -191,7 +192,7 @@ def tensor_map(x: torch.Tensor, rows: int = 64) -> Any:
     kind = {
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 if tf32 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
     }[x.dtype]
     u64, u32 = d.cuuint64_t, d.cuuint32_t
     return checked(
@@ -211,10 +212,10 @@ def tensor_map(x: torch.Tensor, rows: int = 64) -> Any:
     )
 
 
-def _simulated_map(x: torch.Tensor, rows: int) -> tuple[TensorMapArg, EncodedMap]:
+def _simulated_map(x: torch.Tensor, rows: int, tf32: bool) -> tuple[TensorMapArg, EncodedMap]:
     planes = x if x.ndim == 3 else x[None]
     strides = (planes.stride(1), planes.stride(0) if x.ndim == 3 else planes.stride(1) * planes.shape[1])
-    arg = TensorMapArg("x", x.dtype, tuple(reversed(planes.shape)), strides, (128 // x.itemsize, rows, 1))
+    arg = TensorMapArg("x", x.dtype, tuple(reversed(planes.shape)), strides, (128 // x.itemsize, rows, 1), tf32=tf32)
     return arg, encode(arg, Buffer.of(x))
 
 
@@ -321,7 +322,8 @@ class Gemm:
         M, N = reversed(out.shape) if c.registers else out.shape
         K = k if k is not None else a.shape[-1] if c.major_a == "K" else a.shape[-2]
         clusters, together = -(-M // (c.tile[0] * c.cluster)) * -(-N // c.tile[1]), c.cluster * c.split_k
-        args = [tensor_map(a), tensor_map(b, c.panel), M, N, K, *exponents, bias, out, factor, slope]
+        tf32 = c.element == "float"
+        args = [tensor_map(a, tf32=tf32), tensor_map(b, c.panel, tf32), M, N, K, *exponents, bias, out, factor, slope]
         grid = (min(self.blocks, clusters * together), 1)
         return lambda: self.kernel.launch(grid, 384, args, together)
 

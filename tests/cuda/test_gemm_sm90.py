@@ -93,7 +93,8 @@ class Operand:
             self.split.run(stored, self.halved)
             self.data, self.exponent, self.stored = self.halved.data, self.halved.exponent, stored
         else:
-            stored = stored.to(torch.bfloat16 if config.element == "__nv_bfloat16" else torch.float16)
+            dtypes = {"__nv_bfloat16": torch.bfloat16, "__half": torch.float16, "float": torch.float32}
+            stored = stored.to(dtypes[config.element])
             self.data = self.stored = stored
         self.values = stored if major == "K" else stored.T
 
@@ -153,6 +154,38 @@ def test_any_order_of_threads_gives_the_same(
     result = multiply(config, a, b, bias_of(columns, "cpu"), 1.0, 1.0)
     reference = a.values.double() @ b.values.double().T + bias_of(columns, "cpu").double()
     assert relative(result, reference) < TOLERANCE["bf16"]
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to nearest, ties to even."""
+    bits = x.view(torch.int32)
+    return (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).view(torch.float32)
+
+
+TF32 = GemmConfig(element="float")
+TF32_KINDS = {
+    "128×256": TF32,
+    "128×256 in pairs": replace(TF32, cluster=2),
+    "128×128 ping-pong": replace(TF32, tile=(128, 128), stages=6, ping_pong=True),
+    "128×64 split-K 2": replace(TF32, tile=(128, 64), stages=6, split_k=2),
+}
+
+
+@pytest.mark.parametrize("kind", TF32_KINDS)
+def test_tf32_compiles_without_spills_or_warnings(kind: str) -> None:
+    resources = compile_cubin(TF32_KINDS[kind].source(), "sm_90a").resources["gemm"]
+    assert resources.spill_bytes == resources.stack_bytes == 0 and resources.registers == 168
+
+
+@pytest.mark.parametrize("kind", TF32_KINDS)
+def test_tf32_products_of_floats_as_they_lie(kind: str, device: str) -> None:
+    """By the error that summing what is rounded to TF32 leaves: far below that of another rounding, or of none."""
+    config = TF32_KINDS[kind] if device == "cuda" else replace(TF32_KINDS[kind], stages=2)
+    for m, n, k in [(304, 520, 1000), (4104, 2056, 136)] if device == "cuda" else [(136, 264, 100)]:
+        a, b = Operand(config, m, k, "K", device), Operand(config, n, k, "K", device)
+        result = multiply(config, a, b, bias_of(n, device), 1.0, 1.0)
+        reference = tf32(a.values).double() @ tf32(b.values).double().T + bias_of(n, device).double()
+        assert relative(result, reference) < 2e-6, (m, n, k)
 
 
 # The simulator's two blocks, or its one pair, have one to five tiles each, an odd number too, some with rows to spare.

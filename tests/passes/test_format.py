@@ -21,12 +21,14 @@ M, K, N = 16, 24, 40
 
 class Costs:
     """Products of at least `least` k gain one second, less `registers` where they round their right operand in
-    registers; splits take `share` seconds an element."""
+    registers; splits take `share` seconds an element. tf32: it is allowed."""
 
-    def __init__(self, planes: int = 2, least: int = 0, share: float = 0.0, registers: float = math.inf) -> None:
-        self.planes, self.least, self.share, self.longer = planes, least, share, registers
+    def __init__(
+        self, planes: int = 2, least: int = 0, share: float = 0.0, registers: float = math.inf, tf32: bool = False
+    ) -> None:
+        self.planes, self.least, self.share, self.longer, self.tf32 = planes, least, share, registers, tf32
 
-    def gain(self, m: float, n: float, k: float) -> float:
+    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
         return 1.0 if k >= self.least else -1.0
 
     def registers(self, m: float, n: float, k: float) -> float:

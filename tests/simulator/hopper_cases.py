@@ -4,6 +4,7 @@ formulation."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from hopper_kernels import ELEMENTS, map_of, run
@@ -120,9 +121,11 @@ def multiply(
 
 
 def rounded(device: str, kernel: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> Result:
-    """a [64, 16], b [16, N], c [64, N]: the product and what it must be."""
-    first = Matrix(a, "K", 0, 0)
-    result = multiply(device, kernel, first, Matrix(b.T, "K", 0, first.bytes), c)
+    """a [64, k], b [k, N], c [64, N]: the product and what it must be. Of floats each counts as two numbers of 16 bits,
+    for where they lie."""
+    lines = [x.contiguous().view(torch.float16) if x.dtype == torch.float32 else x for x in (a, b.T)]
+    first = Matrix(lines[0], "K", 0, 0)
+    result = multiply(device, kernel, first, Matrix(lines[1], "K", 0, first.bytes), c)
     return result, accumulators(fused_sum(c, a, b))
 
 
@@ -196,6 +199,16 @@ def sums_of_every_magnitude(device: str) -> Result:
 @case
 def sums_of_bfloat16(device: str) -> Result:
     return rounded(device, "bfloat16_k_k", *operands_of_every_magnitude(torch.bfloat16, n=256))
+
+
+@case
+def sums_of_floats(device: str) -> Result:
+    return rounded(device, "float_k_k", *operands_of_every_magnitude(torch.float32, k=8))
+
+
+@case
+def sums_of_floats_beyond_the_range(device: str) -> Result:
+    return rounded(device, "float_k_k", *operands_beyond_the_range(torch.float32, k=8))
 
 
 @case
@@ -419,6 +432,22 @@ def loads_beside_it(device: str) -> Result:
 
 
 @case
+def floats_rounded_to_tf32(device: str) -> Result:
+    """Ties, subnormal numbers, the largest ones, infinities and NaN among them."""
+    x = random(1, 64, 32) * torch.exp2(
+        torch.randint(-140, 120, (1, 64, 32), generator=torch.Generator().manual_seed(1))
+    )
+    bits = x.view(torch.int32)
+    bits[:, ::2] = bits[:, ::2] & ~0x1FFF | 0x1000
+    x[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
+    out = torch.zeros(x.numel(), dtype=torch.int32, device=device)
+    arg = replace(map_of(x, (32, 64, 1), 128), tf32=True)
+    run("load", 64, [(arg, x.to(device)), 0, 0, 0, x.numel() * 4, out])
+    nearest = (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).where(x.isfinite(), bits & ~0x1FFF)
+    return out.cpu(), in_shared_memory(nearest.view(torch.int16), 128)
+
+
+@case
 def multicast_boxes(device: str) -> Result:
     x, box = tensor().contiguous(), (64, 8, 1)
     count = 64 * 8 * 2
@@ -457,6 +486,14 @@ def arrivals_across_a_cluster(device: str) -> Result:
     out = torch.zeros(8, dtype=torch.int32, device=device)
     run("remote", 32, [4, out], grid=8, cluster=4)
     return out.cpu(), torch.tensor([1, 2, 3, 4, 1, 2, 3, 4], dtype=torch.int32)
+
+
+@case
+def stores_across_a_cluster(device: str) -> Result:
+    values = random(8, 4, 32, 4)  # of each block, for each block of its cluster
+    out = torch.zeros(8, 4, 32, 4, device=device)
+    run("stores_remote", 32, [4, values.to(device), out], grid=8, cluster=4)
+    return out.cpu(), values.view(2, 4, 4, 32, 4).transpose(1, 2).reshape(8, 4, 32, 4)
 
 
 @case

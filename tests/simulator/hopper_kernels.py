@@ -207,6 +207,25 @@ extern "C" __global__ void remote(int64_t blocks, int* out) {
     cluster_sync();
 }
 
+// Every block of a cluster stores a line for each of the others, and for itself, in theirs.
+extern "C" __global__ void stores_remote(int64_t blocks, const float* values, float* out) {
+    __shared__ uint64_t barrier;
+    unsigned char* shared = aligned();
+    const int rank = int(cluster_rank()), size = blockDim.x * 16;
+    if (threadIdx.x == 0) {
+        mbarrier_init(&barrier, 1);
+        mbarrier_fence_init();
+        mbarrier_arrive_expect_tx(&barrier, uint32_t(blocks * size));
+    }
+    cluster_sync();
+    for (int other = 0; other < blocks; ++other)
+        store_async(shared + rank * size + threadIdx.x * 16, &barrier, other,
+                    reinterpret_cast<const float4*>(values)[(blockIdx.x * blocks + other) * blockDim.x + threadIdx.x]);
+    mbarrier_wait(&barrier, 0);
+    dump(reinterpret_cast<uint32_t*>(out) + blockIdx.x * blocks * size / 4, shared, blocks * size / 4);
+    cluster_sync();
+}
+
 // One warpgroup gives registers, the other two take them; all do some work.
 extern "C" __global__ void __launch_bounds__(384, 1) registers(int* out) {
     if (threadIdx.x < 128) registers_release<40>();
@@ -222,6 +241,7 @@ SOURCE = (
     + _product("half_mn_k", "__half", "MN", "K", 64)
     + _product("half_mn_mn", "__half", "MN", "MN", 64)
     + _product("bfloat16_k_k", "__nv_bfloat16", "K", "K", 128)
+    + _product("float_k_k", "float", "K", "K", 64)
     + _REGISTERS
     + "".join(_TILES.replace("NAME", f"tiles_of_{e.strip('_')}").replace("ELEMENT", e) for e in ELEMENTS.values())
     + _OTHERS

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg, map_type
 from fusewright.codegen.scalar import C_TYPES
 from fusewright.codegen.text import call
 from fusewright.errors import NoKernel
@@ -32,12 +32,6 @@ AT_TYPES = {
     torch.int16: "at::kShort",
     torch.int32: "at::kInt",
     torch.int64: "at::kLong",
-}
-
-MAP_TYPES = {
-    torch.float16: "CU_TENSOR_MAP_DATA_TYPE_FLOAT16",
-    torch.bfloat16: "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
-    torch.float32: "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
 }
 
 
@@ -276,7 +270,7 @@ def tensor_map(name: str, arg: TensorMapArg) -> list[str]:
     start = pointer(arg)
     swizzle = f"CU_TENSOR_MAP_SWIZZLE_{f'{arg.swizzle}B' if arg.swizzle else 'NONE'}"
     layout = [braces(arg.dims), braces(arg.strides), braces(arg.box), swizzle]
-    return call(f"const auto {name} = tensor_map", [start, MAP_TYPES[arg.dtype], *layout], ";")
+    return call(f"const auto {name} = tensor_map", [start, map_type(arg), *layout], ";")
 
 
 def check_function(name: str, inputs: Sequence[Buffer]) -> str:

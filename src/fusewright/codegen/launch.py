@@ -52,7 +52,8 @@ class TensorMapArg:
 
     dims: extents, the innermost, which has unit stride, first. strides: of the other dimensions, in elements; multiples
     of `alignment` bytes, as the base must be. box: elements of each dimension that one copy moves; what lies outside
-    the tensor arrives as zeros. swizzle: bytes, 0 for none. written: the kernel stores boxes.
+    the tensor arrives as zeros. swizzle: bytes, 0 for none. written: the kernel stores boxes. tf32: floats arrive
+    rounded to TF32.
     """
 
     buffer: str
@@ -63,6 +64,7 @@ class TensorMapArg:
     swizzle: int = 128
     offset: Size = 0
     written: bool = False
+    tf32: bool = False
 
     alignment: ClassVar[int] = 16  # CUDA driver API, cuTensorMapEncodeTiled
 
@@ -70,6 +72,14 @@ class TensorMapArg:
         """The same with numbers in place of size symbols."""
         dims, strides = (tuple(int(evaluate(s, sizes)) for s in values) for values in (self.dims, self.strides))
         return replace(self, dims=dims, strides=strides, offset=int(evaluate(self.offset, sizes)))
+
+
+_MAP_TYPES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT32"}
+
+
+def map_type(arg: TensorMapArg) -> str:
+    """The driver's name for what a map's elements are."""
+    return f"CU_TENSOR_MAP_DATA_TYPE_{'TFLOAT32' if arg.tf32 else _MAP_TYPES[arg.dtype]}"
 
 
 Arg = BufferArg | SizeArg | FloatArg | TensorMapArg

@@ -10,7 +10,8 @@
 // The consumers either cooperate, each on half of a tile's rows, or play ping-pong: each computes every other tile of
 // the block alone, so that one's epilogue runs beside the other's products.
 //
-// Operands are 16-bit. Three products of float32 halves, x·2^s = hi + lo·2^-11 (split_f16.cuh), give float32's accuracy:
+// Operands are 16-bit, or floats that copies round to TF32. Three products of float32 halves, x·2^s = hi + lo·2^-11
+// (split_f16.cuh), give float32's accuracy:
 //     A·B·2^s = hi·hi + 2^-11 (hi·lo + lo·hi)
 // Tensor cores round sums toward zero, so hi·hi is summed in short chains that are promoted: added, rounded to nearest,
 // to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
@@ -24,7 +25,7 @@
 namespace fusewright {
 
 // Config, a struct of named constants:
-//   Element        __half or __nv_bfloat16
+//   Element        __half or __nv_bfloat16; or float, of which products take TF32, K-major both
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
 //   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
 //   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
@@ -51,8 +52,9 @@ template <class Config> struct GemmSm90 {
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 that each thread starts with
 
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
-    // either way round. So a tensor needs one map for all the products that it takes part in.
-    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
+    // either way round (of floats by 32). So a tensor needs one map for all the products that it takes part in.
+    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 128 / sizeof(Element);
+    static constexpr int kStep = 32 / sizeof(Element);
     // Of a K-major B narrower panels where whole ones do not make up a block's share; of one that is MN-major the last
     // panel is copied whole.
     static constexpr int kShareB = kTileN / kCluster, kDividesShare = kShareB & -kShareB;
@@ -240,7 +242,8 @@ template <class Config> struct GemmSm90 {
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
-                    tensor_load_multicast(destination, &operands.b, full, x, y, plane, ((1 << kCluster) - 1) << first_rank());
+                    tensor_load_multicast(destination, &operands.b, full, x, y, plane,
+                                          ((1 << kCluster) - 1) << first_rank());
                 else
                     tensor_load(destination, &operands.b, full, x, y, plane);
             }
@@ -353,8 +356,8 @@ template <class Config> struct GemmSm90 {
 
     // What the products of one stage read: descriptors, and how far from one k16 step to the next.
     struct Stage {
-        static constexpr uint32_t kStepA = (kMajorA == Major::K ? kStep * 2 : kStep * 128) >> 4;
-        static constexpr uint32_t kStepB = (kMajorB == Major::K ? kStep * 2 : kStep * 128) >> 4;
+        static constexpr uint32_t kStepA = (kMajorA == Major::K ? 32 : kStep * 128) >> 4;
+        static constexpr uint32_t kStepB = (kMajorB == Major::K ? 32 : kStep * 128) >> 4;
         uint64_t a_, b_;
 
         template <class AnyMemory>

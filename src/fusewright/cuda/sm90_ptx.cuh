@@ -236,7 +236,8 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 
-// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
+// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × k) · B (k × kColumns), asynchronously; k is 16, or 8 of
+// floats, which count as TF32: their lower 13 bits do not, and both matrices are K-major.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
 #define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
@@ -244,10 +245,18 @@ template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
                  "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
                  : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
+#define FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, A, B, ACCUMULATE, ...)                                                \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k8.f32.tf32.tf32 {" FUSEWRIGHT_NAMES_##SUMS           \
+                 "}, %" #A ", %" #B ", p, 1, 1;\n\t}"                                                                \
+                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
+                 : "l"(a), "l"(b), "r"(int(accumulate)))
 #define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
     template <class Element, Major kMajorA, Major kMajorB>                                                  \
     __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
-        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
+        static_assert(sizeof(Element) == 2 || (kMajorA == Major::K && kMajorB == Major::K));                \
+        if constexpr (sizeof(Element) == 4) FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, __VA_ARGS__);            \
+        else if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);    \
         else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
     }
 FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
@@ -258,6 +267,7 @@ FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
 FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
 FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
 #undef FUSEWRIGHT_PRODUCT
+#undef FUSEWRIGHT_TF32_PRODUCT
 #undef FUSEWRIGHT_WGMMA
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,

@@ -63,13 +63,15 @@ class Encoded:
 class Gemm:
     """The anchor of a region that is a product: a [M, K] times b [K, N], summed in `accumulator`.
 
-    encoded: the halves of a and b, where it is to be computed by them.
+    encoded: the halves of a and b, where it is to be computed by them. tf32: of float32, floats may be rounded to TF32
+    as they are read.
     """
 
     a: Matrix
     b: Matrix
     accumulator: torch.dtype
     encoded: tuple[Encoded, Encoded] | None = None
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

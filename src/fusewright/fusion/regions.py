@@ -87,7 +87,8 @@ class RegionBuilder:
         placed = [(s, maps[s.inputs[0] if s.op == "pack_bits" else s]) for s in sinks]
         layout = self._layout(space, [[*rows], [*column]], placed, epilogue.product)
         a, b = (self.matrix(i) for i in epilogue.product.inputs[:2])
-        gemm = Gemm(a, b, epilogue.product.tensor.dtype, self._encoded(epilogue.product))
+        tf32 = dict(epilogue.product.attributes).get("tf32", False)
+        gemm = Gemm(a, b, epilogue.product.tensor.dtype, self._encoded(epilogue.product), tf32)
         return self._region(space, layout, placed, epilogue.product, gemm, name)
 
     def _encoded(self, product_node: Node) -> tuple[Encoded, Encoded] | None:

@@ -4,7 +4,8 @@
 format stage had them made: two halves whose three products give float32's accuracy (F16x3), or, where torch's flags
 allow TF32, one of TF32's precision (F16x1). Tiles with rows or columns that the halves cannot hold are then computed
 again on the CUDA cores; the host is not told and does not wait. A right operand that has no halves, since too few
-products read it, is rounded to one in registers: then the transposed product is computed.
+products read it, is rounded to one in registers: then the transposed product is computed. And where TF32 is allowed,
+lines run along K, and making halves would not pay, copies round floats to TF32, whose products take twice as long.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from fusewright.kernels.split_f16 import (
 
 ARCH = "sm_90a"
 THREADS, TILE_K = 384, 64
-_LINE = 8  # elements: bulk copies want lines at multiples of 16 bytes
+_LINE = 16  # bytes: bulk copies want lines at multiples of it
 _SLAB = 32  # columns that a warp finishes at once, at least
 _LEAST_K = {1: 64, 3: 128}  # by products: below, plain float32 is as fast or more accurate
 # Where K is shared: steps of it for each block, at least; tiles a multiprocessor, at most.
@@ -51,6 +52,8 @@ _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unrol
 
 # Shares of their peak rates that torch's products reach, for comparison.
 _TF32, _FP32 = 0.85, 0.72
+# Steps of the ring that floats take where 16-bit operands take one.
+_TF32_STEPS = 2
 # Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread:
 # with nothing but a store to do, for each operation, for each function, and where tiles end beyond the result.
 _LAUNCH, _STORE, _OPERATION, _FUNCTION, _BOUNDED = 3e-6, 1e-6 / 128, 0.1e-6 / 128, 3e-6 / 128, 6e-6 / 128
@@ -77,10 +80,11 @@ class Tile:
     cluster: int = 1
     split: int = 1
 
-    def __str__(self) -> str:
+    def title(self, k: int) -> str:
+        """k: of a stage."""
         how = " in registers" if self.registers else " ping-pong" if self.ping_pong else ""
         pairs, split = " in pairs" if self.cluster == 2 else "", f" split-K {self.split}" if self.split > 1 else ""
-        return f"{self.m}×{self.n}×{TILE_K}{how}{pairs}{split}"
+        return f"{self.m}×{self.n}×{k}{how}{pairs}{split}"
 
     @property
     def blocks(self) -> int:
@@ -147,8 +151,8 @@ TILES = {
 IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
 
 # Bytes a second that bulk copies bring to one multiprocessor, and to all, by what lines of an operand lie at multiples
-# of, in elements (step 27). Where they are multiples of 128 bytes copies are seldom the limit.
-_COPIES, _ALL_COPIES = 100e9, ((64, 13.2e12), (32, 10.6e12), (16, 9.3e12), (_LINE, 5.6e12))
+# of, in bytes (step 27). Where that is 128 copies are seldom the limit.
+_COPIES, _ALL_COPIES = 100e9, ((128, 13.2e12), (64, 10.6e12), (32, 9.3e12), (_LINE, 5.6e12))
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class GemmSm90:
             return Refused(self.name, f"operands of {gemm.a.dtype} and {gemm.b.dtype}, summed in {gemm.accumulator}")
         if gemm.encoded:
             return None
-        if gemm.a.dtype == torch.float32:
+        if gemm.a.dtype == torch.float32 and not gemm.tf32:
             return Refused(self.name, "float32 operands that are not split into halves")
         if evaluate_typical(gemm.a.shape[1]) < _LEAST_K[1]:
             return Refused(self.name, f"sums of fewer than {_LEAST_K[1]} products")
@@ -174,6 +178,8 @@ class GemmSm90:
                 return Refused(self.name, f"operand {operand.name} has no contiguous dimension")
             if not _copies_in_bulk(operand):
                 return Refused(self.name, f"lines of operand {operand.name} are not 16-byte aligned")
+            if gemm.tf32 and operand.major != "K":
+                return Refused(self.name, f"TF32 products of operand {operand.name}, whose lines do not run along K")
         return None
 
     def programs(self, region: Region, chip: Chip) -> Sequence[Program]:
@@ -208,10 +214,13 @@ class HalfProducts:
     def products(self) -> int:
         return 1 if self.tf32 else 3
 
-    def gain(self, m: float, n: float, k: float) -> float:
+    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
         if k < _LEAST_K[self.products]:
             return -math.inf
-        return self._otherwise(m, n, k) - self._best(m, n, k, TILES[self.products]) - _LAUNCH
+        otherwise = self._otherwise(m, n, k)
+        if self.tf32 and direct:
+            otherwise = min(otherwise, self._best(m, n, _TF32_STEPS * k, TILES[1]))
+        return otherwise - self._best(m, n, k, TILES[self.products]) - _LAUNCH
 
     def registers(self, m: float, n: float, k: float) -> float:
         if self.products != 1:
@@ -241,6 +250,10 @@ class HalfProducts:
 def _products(gemm: Gemm) -> int:
     """How many products of halves make one of the operands'."""
     return 3 if gemm.encoded and gemm.encoded[0].halves.planes == 2 else 1
+
+
+def _stage_k(gemm: Gemm) -> int:
+    return TILE_K // _TF32_STEPS if gemm.tf32 else TILE_K
 
 
 def _in_registers(gemm: Gemm) -> bool:
@@ -280,7 +293,7 @@ def _splits(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
         return []
     a, b = _split_operands(gemm) if gemm.encoded else _operands(gemm)
     m, n = (evaluate_typical(o.extent) for o in (a, b))
-    return _shared(tiles, m, n, k, _products(gemm), b.major, chip)
+    return _shared(tiles, m, n, k * TILE_K // _stage_k(gemm), _products(gemm), b.major, chip)
 
 
 def _shared(tiles: Sequence[Tile], m: float, n: float, k: float, products: int, major: str, chip: Chip) -> list[Tile]:
@@ -301,11 +314,11 @@ def _clusters_at_once(tile: Tile, chip: Chip) -> int:
 
 def _copies_in_bulk(operand: Operand) -> bool:
     stride = operand.line_stride
-    return stride != 0 and divides(_LINE, stride) is not None
+    return stride != 0 and divides(_LINE // operand.itemsize, stride) is not None
 
 
 def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
-    """16-bit operands as they lie."""
+    """Operands as they lie."""
     gemm = region.gemm
     assert gemm is not None
     a, b = _operands(gemm)
@@ -313,7 +326,8 @@ def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Prog
     if not isinstance(gemm.a.shape[1], int):  # a sum of nothing: there are no maps of empty tensors
         empty = gemm_launch(region, _PATCH)
         launches.append(replace(empty, grid=(empty.grid[0] * (1 - sympy.Min(gemm.a.shape[1], 1)), 1, 1)))
-    return Program(family, region, tuple(launches), cost=_region_seconds(region, tile, a, b, chip), variant=str(tile))
+    title = tile.title(_stage_k(gemm))
+    return Program(family, region, tuple(launches), cost=_region_seconds(region, tile, a, b, chip), variant=title)
 
 
 def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
@@ -327,7 +341,7 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
     seconds = _region_seconds(region, tile, a, b, chip) + _LAUNCH
     workspaces = (lost_flags(_parts(a, b, tile)),)
-    return Program(family, region, launches, workspaces, seconds, variant=str(tile))
+    return Program(family, region, launches, workspaces, seconds, variant=tile.title(_stage_k(gemm)))
 
 
 def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide: bool = True) -> LaunchSpec:
@@ -340,7 +354,7 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
     epilogue = functor(region, vector, wide=wide)
     operands = [f"const __grid_constant__ fusewright::TensorMap {o.name}" for o in (a, b)]
     operands += ["int64_t M", "int64_t N", "int64_t K"]
-    args: list[Arg] = [a.tensor_map(), b.tensor_map(tile.panel(b.major))]
+    args: list[Arg] = [replace(o, tf32=gemm.tf32) for o in (a.tensor_map(), b.tensor_map(tile.panel(b.major)))]
     args += [SizeArg(s) for s in (a.extent, b.extent, gemm.a.shape[1])]
     passed = [f"{{{left.name}", right.name, *sizes]
     for operand in (left, right):
@@ -449,8 +463,8 @@ class Copies:
 def _copy_rate(operand: Operand, width: int) -> float:
     """width: of the tile; where lines run across K copies begin at multiples of it. What cannot be copied in bulk
     counts as the slowest."""
-    line, known = operand.line_stride, operand.major == "K"
-    rates = (r for s, r in _ALL_COPIES if divides(s, line) is not None and (known or width % s == 0))
+    line, known = operand.line_stride * operand.itemsize, operand.major == "K"
+    rates = (r for s, r in _ALL_COPIES if divides(s, line) is not None and (known or width * operand.itemsize % s == 0))
     return next(rates, _ALL_COPIES[-1][1])
 
 
@@ -458,6 +472,7 @@ def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Ch
     gemm = region.gemm
     assert gemm is not None
     m, n, k = (evaluate_typical(s) for s in (a.extent, b.extent, gemm.a.shape[1]))
+    k *= TILE_K // _stage_k(gemm)
     computed = [e.op for e in walk(s.value for s in region.sinks) if isinstance(e, Apply)]
     functions = sum(op not in _SIMPLE and not PRIMITIVES[op].boolean for op in computed)
     epilogue = _STORE + _OPERATION * (len(computed) - functions) + _FUNCTION * functions

@@ -61,6 +61,11 @@ class Operand:
         return self.matrix.stride[1 - self._axis]
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element, as products read it."""
+        return self.matrix.dtype.itemsize
+
+    @property
     def _axis(self) -> int:
         """The dimension that is contiguous."""
         return self.k if self.major == "K" else 1 - self.k
@@ -82,6 +87,10 @@ class SplitOperand(Operand):
     def major(self) -> str:
         # Lines of `a` as it is run along K, those of its transpose along M; with `b` it is the other way round.
         return "K" if (self.name == "a") != self.encoded.transposed else "MN"
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.encoded.halves.planes else super().itemsize
 
     @property
     def line_stride(self) -> Size:

@@ -4,7 +4,8 @@ A split is shared: that of x, W or an incoming gradient serves every product tha
 So products and splits are chosen together. Each product saves time if both of its operands are split, each split costs
 time once, and what is to be gained most from is a closure problem: a minimum cut between products and splits (Picard,
 "Maximal Closure of a Graph and Applications to Combinatorial Problems", 1976). A product may also round its right
-operand in registers and do without that split: the edge between the two has for its capacity what this costs.
+operand in registers and do without that split: the edge between the two has for its capacity what this costs. And
+where TF32's precision is allowed and lines run along K, one that reads no halves may read floats as they lie.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ class Capabilities(Protocol):
     """What kernels can do on a chip, as far as this stage must know."""
 
     @property
+    def tf32(self) -> bool:
+        """Whether TF32's precision is allowed."""
+
+    @property
     def planes(self) -> int:
         """Of a split: 2 for float32's precision, 1 where TF32's is allowed."""
 
-    def gain(self, m: float, n: float, k: float) -> float:
-        """Seconds that a product of m × k by k × n saves where its operands are split; negative where it loses."""
+    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+        """Seconds that a product of m × k by k × n saves where its operands are split; negative where it loses. direct:
+        kernels may read both as they lie."""
 
     def registers(self, m: float, n: float, k: float) -> float:
         """Seconds more that it takes where it rounds its right operand in registers; infinite where it cannot."""
@@ -60,7 +66,13 @@ def encode_operands(graph: Graph, capabilities: Capabilities, kept: Iterable[Nod
     """Gives products encodings of their operands wherever that pays. kept: inputs whose splits cost nothing here."""
     products = {node: found for node in graph.nodes() if (found := _operands(node)) is not None}
     chosen = _choose(products, capabilities, set(kept))
-    return _rebuild(graph, products, chosen, capabilities.planes) if chosen else graph
+    as_they_lie = {n for n, o in products.items() if capabilities.tf32 and n not in chosen and _direct(*o)}
+    return _rebuild(graph, products, chosen, as_they_lie, capabilities.planes) if chosen or as_they_lie else graph
+
+
+def _direct(a: Operand, b: Operand) -> bool:
+    """Whether kernels may read floats as they lie: lines that run along K, at multiples of 16 bytes."""
+    return not a.turned and b.turned and a.copied_in_bulk and b.copied_in_bulk
 
 
 def _operands(node: Node) -> tuple[Operand, Operand] | None:
@@ -90,11 +102,11 @@ def _choose(
     for node, operands in products.items():
         (m, k), n = node.inputs[0].tensor.shape, node.inputs[1].tensor.shape[1]
         sizes = [evaluate_typical(s) for s in (m, n, k)]
-        gain = capabilities.gain(*sizes)
+        a, b = operands
+        gain = capabilities.gain(sizes[0], sizes[1], sizes[2], _direct(a, b))
         if gain <= 0:
             continue
         network.add_edge("source", node, capacity=gain)
-        a, b = operands
         alone = capabilities.registers(*sizes) if b.copied_in_bulk and a.source is not b.source else math.inf
         for operand, otherwise in ((b, alone), (a, math.inf)):
             split = ("split", operand.source)
@@ -107,7 +119,11 @@ def _choose(
 
 
 def _rebuild(
-    graph: Graph, products: dict[Node, tuple[Operand, Operand]], chosen: dict[Node, bool], planes: int
+    graph: Graph,
+    products: dict[Node, tuple[Operand, Operand]],
+    chosen: dict[Node, bool],
+    as_they_lie: set[Node],
+    planes: int,
 ) -> Graph:
     builder = Builder()
     new: dict[Node, Node] = {}
@@ -118,6 +134,8 @@ def _rebuild(
             operands, own = products[node], (planes, planes if chosen[node] else 0)
             inputs += [_encoding(builder, new[o.source], o.flipped, p) for o, p in zip(operands, own, strict=True)]
             attributes = {"planes": own, "transposed": tuple(o.turned for o in operands)}
+        elif node in as_they_lie:
+            attributes = {"tf32": True}
         new[node] = builder.node(node.op, inputs, node.type, **attributes)
         if node in graph.origins:
             origins[new[node]] = graph.origins[node]

@@ -197,7 +197,8 @@ def _computed(region: Region | Encode) -> Iterator[str]:
     if gemm is None:
         return
     planes = gemm.encoded[0].halves.planes if gemm.encoded else 0
-    yield {0: str(gemm.a.dtype).removeprefix("torch."), 1: "f16x1", 2: "f16x3"}[planes]
+    plain = "tf32" if gemm.tf32 else str(gemm.a.dtype).removeprefix("torch.")
+    yield {0: plain, 1: "f16x1", 2: "f16x3"}[planes]
     yield "".join("n" if matrix.stride[1] == 1 else "t" for matrix in (gemm.a, gemm.b))
 
 

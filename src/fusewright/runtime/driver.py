@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fusewright.chip import can_overlap
-from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg
+from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, TensorMapArg, map_type
 from fusewright.errors import LaunchError, ToolMissing
 from fusewright.runtime.nvrtc import Cubin
 
@@ -30,11 +30,6 @@ _FLOATS = {torch.float32: "f", torch.float64: "d"}
 # A CUtensorMap: bytes, and what its address is a multiple of.
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
 _MAPS = 256  # encoded maps of one argument that are kept, by pointer
-_MAP_TYPES = {
-    torch.float16: "CU_TENSOR_MAP_DATA_TYPE_FLOAT16",
-    torch.bfloat16: "CU_TENSOR_MAP_DATA_TYPE_BFLOAT16",
-    torch.float32: "CU_TENSOR_MAP_DATA_TYPE_FLOAT32",
-}
 
 
 class Kernel:
@@ -177,7 +172,7 @@ def tensor_map_encoder(arg: TensorMapArg) -> Callable[[int], bytes]:
         l2.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    element = getattr(driver.CUtensorMapDataType, _MAP_TYPES[arg.dtype])
+    element = getattr(driver.CUtensorMapDataType, map_type(arg))
     what = f"a tensor map of {arg.buffer}, {arg.dims} with strides {arg.strides}, cannot be had"
 
     @lru_cache(maxsize=_MAPS)

@@ -12,7 +12,7 @@ from fusewright.simulator.errors import LaunchLimit, Where
 BYTES, ALIGNMENT = 128, 64
 _MAGIC = 0x70616D5F72736E74
 _DIMENSIONS = 5
-_LAYOUT = struct.Struct(f"=QQ{_DIMENSIONS}Q{_DIMENSIONS - 1}Q{_DIMENSIONS}IHBB")
+_LAYOUT = struct.Struct(f"=QQ{_DIMENSIONS}Q{_DIMENSIONS - 1}Q{_DIMENSIONS}IHBBB")
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 
 
@@ -68,5 +68,6 @@ def encode(arg: TensorMapArg, buffer: Buffer, kernel: str = "") -> EncodedMap:
         len(dims),
         arg.dtype.itemsize,
         _SWIZZLES[arg.swizzle],
+        arg.tf32,
     )
     return EncodedMap(data.ljust(BYTES, b"\0"), buffer)

@@ -98,6 +98,8 @@ def _rate(gemm: Gemm, chip: Chip) -> float:
     """FLOP per second of a product; by halves, two planes each, three products make one."""
     if gemm.encoded:
         return chip.fp16 / (3 if gemm.encoded[0].halves.planes == 2 else 1)
+    if gemm.tf32:
+        return chip.fp16 / 2
     sixteen = gemm.a.dtype in (torch.float16, torch.bfloat16)
     return chip.fp16 if sixteen else chip.fp64 if gemm.a.dtype == torch.float64 else chip.fp32
 

@@ -63,14 +63,15 @@ class PlanCheck:
 class _Always:
     """Every product that can read halves does: small ones too, as the large ones do that they stand for.
 
-    rounded: and rounds its right operand in registers where it can.
+    rounded: and rounds its right operand in registers where it can. tf32: those that can read floats as they lie do so.
     """
 
     planes: int
     rounded: bool
+    tf32: bool
 
-    def gain(self, m: float, n: float, k: float) -> float:
-        return 1.0
+    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+        return -1.0 if self.tf32 and direct else 1.0
 
     def registers(self, m: float, n: float, k: float) -> float:
         return 0.0 if self.rounded else math.inf
@@ -85,10 +86,12 @@ def check(small: Small, chip: Chip, shipped: Sequence[Planned], schedules: int) 
     nothing."""
     target = SimulatorTarget(chip, max(1, schedules))
     planes = [r.halves.planes for p in shipped for e in p.plan.encodes for r in e.results if target.tensor_maps]
-    captured = capture(small.model, small.inputs, capabilities=_Always(max(planes), 0 in planes) if planes else None)
+    direct = any(r.gemm is not None and r.gemm.tf32 for p in shipped for r in p.plan.regions)
+    always = _Always(max(planes, default=1), 0 in planes, direct) if planes or direct else None
+    captured = capture(small.model, small.inputs, capabilities=always)
     planned = plan_model(captured, chip, library=False, variants=variants_of(shipped), tensor_maps=target.tensor_maps)
     inputs = _signed(small.inputs)
-    tf32 = bool(planes) and min(planes) < 2
+    tf32 = direct or (bool(planes) and min(planes) < 2)
     trial = _Trial(captured, small.model, inputs, _RoundsToTF32() if tf32 else nullcontext())  # type: ignore[no-untyped-call]
     exact = [_reference(p) for p in planned]
     plan = _judge(trial.oracle, trial.run(exact), None)

@@ -242,7 +242,7 @@ def _steps(step: Region | Encode) -> tuple[int, Size]:
 
 def _rates(chip: Chip) -> dict[str, float]:
     """What bounds arithmetic, by the name that the roofline gives it. A product by halves is three, or one, of fp16."""
-    halves = {"float32 by halves": chip.fp16 / 3, "TF32 by halves": chip.fp16}
+    halves = {"float32 by halves": chip.fp16 / 3, "TF32 by halves": chip.fp16, "TF32": chip.fp16 / 2}
     return {"float32": chip.fp32, "float16": chip.fp16, "float64": chip.fp64, **halves}
 
 
@@ -253,6 +253,8 @@ def _rate_name(step: Region | Encode) -> str:
         return "float32"
     if gemm.encoded:
         return "float32 by halves" if gemm.encoded[0].halves.planes == 2 else "TF32 by halves"
+    if gemm.tf32:
+        return "TF32"
     return {torch.float16: "float16", torch.bfloat16: "float16", torch.float64: "float64"}.get(gemm.a.dtype, "float32")
 
 

@@ -88,13 +88,15 @@ void tensor_store_commit();
 // read: waits only until shared memory has been read.
 void tensor_store_wait(unsigned pending, bool read);
 
-// What one thread gives to a wgmma: d (64 × columns, float32) = (accumulate ? d : 0) + A (64 × 16) · B (16 × columns).
+// What one thread gives to a wgmma: d (64 × columns, float32) = (accumulate ? d : 0) + A (64 × k) · B (k × columns), of k
+// numbers in 32 bytes.
 struct Product {
     float* d;                    // this thread's columns / 2 accumulators
     const uint32_t* a_registers;  // its 4 registers of A, or null: A is described by `a`
     uint64_t a, b;
     uint32_t columns;
-    bool bfloat16, a_transposed, b_transposed, accumulate;  // transposed: MN-major
+    Factor type;
+    bool a_transposed, b_transposed, accumulate;  // transposed: MN-major
 };
 void wgmma(const Product& product);
 void wgmma_fence();

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include "major.cuh"
+#include "mma.cuh"
 #include "vector.cuh"
 
 namespace fusewright {
@@ -113,20 +114,18 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() { simulator
 // Products write through pointers: the compiler knows.
 template <int kCount> __device__ __forceinline__ void hold_registers(float (&)[kCount]) {}
 
-template <class Element> constexpr const bool kIsBfloat16 = false;
-template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
-
 template <class Element, Major kMajorA, Major kMajorB, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kCount % 16 == 0 && kCount <= 128, "32 to 256 columns");
-    simulator::wgmma({d, nullptr, a, b, 2 * kCount, kIsBfloat16<Element>, kMajorA == Major::MN, kMajorB == Major::MN,
+    static_assert(sizeof(Element) == 2 || (kMajorA == Major::K && kMajorB == Major::K));
+    simulator::wgmma({d, nullptr, a, b, 2 * kCount, kFactor<Element>, kMajorA == Major::MN, kMajorB == Major::MN,
                       accumulate});
 }
 template <Major kMajorB, int kCount>
 __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b,
                                                 bool accumulate) {
     static_assert(kCount == 64 || kCount == 128, "128 or 256 columns");
-    simulator::wgmma({d, a, 0, b, 2 * kCount, false, false, kMajorB == Major::MN, accumulate});
+    simulator::wgmma({d, a, 0, b, 2 * kCount, simulator::Factor::Half, false, kMajorB == Major::MN, accumulate});
 }
 
 }  // namespace fusewright

@@ -223,8 +223,9 @@ class Block {
     template <class F> void each_operand(const IssuedProduct& product, unsigned warp, F visit);
     void check_operand(Thread& thread, const Descriptor& operand, const char* which, const char* pc);
     void lend_registers(Thread& thread, IssuedProduct& product, const char* pc);
-    std::vector<uint16_t> factors(const IssuedProduct& product, unsigned warp);
-    std::vector<uint16_t> columns(const IssuedProduct& product);
+    unsigned read_chunk(uint32_t at, Factor type, uint32_t (&values)[8]);
+    std::vector<uint32_t> factors(const IssuedProduct& product, unsigned warp);
+    std::vector<uint32_t> columns(const IssuedProduct& product);
     void execute(IssuedProduct& product, unsigned warp);
     void land_stores();
     void finish_thread(Thread& thread);

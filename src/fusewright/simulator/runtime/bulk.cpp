@@ -17,6 +17,17 @@ void swap_lines(const TensorMap& map, char* box, size_t offset, unsigned line, c
     }
 }
 
+// To nearest, ties to even; not in the PTX ISA.
+void round_to_tf32(std::vector<char>& floats) {
+    for (size_t i = 0; i < floats.size(); i += 4) {
+        uint32_t bits;
+        std::memcpy(&bits, &floats[i], 4);
+        if ((bits & 0x7f800000) != 0x7f800000) bits += 0xfff + (bits >> 13 & 1);
+        bits &= ~0x1fffu;
+        std::memcpy(&floats[i], &bits, 4);
+    }
+}
+
 }  // namespace
 
 // Returns the offset of `bytes` bytes of shared memory.
@@ -109,6 +120,7 @@ void Block::land_load(const BulkLoad& load) {
         map.each_line(load.at.data(), [&](unsigned i, uint64_t address, unsigned first, unsigned bytes) {
             std::fill(line.begin(), line.end(), 0);
             if (bytes) std::memcpy(line.data() + first, reinterpret_cast<const char*>(address), bytes);
+            if (map.tf32) round_to_tf32(line);
             swap_lines(map, memory(load.destination), load.destination, i, line.data(), true);
         });
     } else {

@@ -73,10 +73,13 @@ struct IssuedProduct {
     std::array<const uint32_t*, 32> a_registers;
     Descriptor a, b;
     uint32_t columns;
-    bool bfloat16, from_registers;
+    Factor type;
+    bool from_registers;
     bool fresh;                      // c is the sum to start from; else d, left there by the product before
     std::vector<float> c;            // by lane
     const char* pc;
+
+    unsigned depth() const { return type == Factor::Tf32 ? 8 : 16; }  // k: 32 bytes of it
 };
 
 struct Warp {

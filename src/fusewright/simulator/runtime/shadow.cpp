@@ -197,7 +197,8 @@ void Shadow::forget_reads() {
 // Writes by threads go through the generic proxy: a fence must lie between them and the asynchronous proxy's accesses.
 void Shadow::check_fenced(Thread& thread, const Agent& agent, const Cell& cell, size_t offset, const char* verb,
                           const char* pc) {
-    if (cell.write >= clock_.birth() && cell.generic && !clock_.fenced(agent, static_cast<uint32_t>(base_ + cell.writer), cell.write))
+    const bool generic = cell.write >= clock_.birth() && cell.generic;
+    if (generic && !clock_.fenced(agent, static_cast<uint32_t>(base_ + cell.writer), cell.write))
         thread.fail(Failure::kFence, pc,
                     "starts an asynchronous operation, and " + owner_.describe_shared(offset) + ", which " +
                         owner_.agent_name(cell.writer) + " wrote at " + source(cell.write_pc) + ", " + verb +

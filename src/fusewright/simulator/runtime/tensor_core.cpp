@@ -86,7 +86,7 @@ template <class Word> void Decoded::decode(const Word* values, unsigned rows, un
     }
 }
 
-template void Decoded::decode(const uint16_t*, unsigned, unsigned, Factor);
+template void Decoded::decode(const uint32_t*, unsigned, unsigned, Factor);
 
 void multiply_row(float* row, const Decoded& a, unsigned at, const Decoded& b, unsigned columns) {
     const auto depth = static_cast<unsigned>(b.special.size());

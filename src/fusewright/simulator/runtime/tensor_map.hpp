@@ -18,6 +18,7 @@ struct TensorMap {
     uint16_t dimensions;
     uint8_t element_bytes;
     uint8_t swizzle;  // 0: none; 1, 2, 3: 32, 64, 128 bytes
+    uint8_t tf32;     // floats arrive rounded to TF32
 
     unsigned line_bytes() const { return box[0] * element_bytes; }
     unsigned lines() const {

@@ -174,7 +174,7 @@ void Block::issue_product(Thread& thread) {
     Warp& warp = warps_[index];
     const Product& common = thread.product;
     IssuedProduct product{{}, {}, Descriptor(common.a, common.a_transposed), Descriptor(common.b, common.b_transposed),
-                          common.columns, common.bfloat16, common.a_registers != nullptr, false, {}, thread.pc};
+                          common.columns, common.type, common.a_registers != nullptr, false, {}, thread.pc};
     record_aligned(thread, "wgmma.mma_async", common.a, common.b, thread.pc);
     if (!product.from_registers) check_operand(thread, product.a, "A", thread.pc);
     check_operand(thread, product.b, "B", thread.pc);
@@ -198,14 +198,29 @@ void Block::issue_product(Thread& thread) {
     ++warp.uncommitted;
 }
 
+// 16 bytes of a matrix as 8 numbers of 16 bits, or 4 of TF32's 19. Returns how many.
+unsigned Block::read_chunk(uint32_t at, Factor type, uint32_t (&values)[8]) {
+    uint16_t chunk[8];
+    std::memcpy(chunk, memory(at), 16);
+    if (type != Factor::Tf32) {
+        std::copy_n(chunk, 8, values);
+        return 8;
+    }
+    for (unsigned i = 0; i < 4; ++i) values[i] = (uint32_t(chunk[2 * i + 1]) << 16 | chunk[2 * i]) >> 13;
+    return 4;
+}
+
 // The 16 rows of A that a warp multiplies, [row][k].
-std::vector<uint16_t> Block::factors(const IssuedProduct& product, unsigned index) {
-    std::vector<uint16_t> values(16 * 16);
+std::vector<uint32_t> Block::factors(const IssuedProduct& product, unsigned index) {
+    const unsigned depth = product.depth();
+    std::vector<uint32_t> values(16 * depth);
     if (product.from_registers) {
         for (unsigned lane = 0; lane < 32; ++lane)
             for (unsigned i = 0; i < 4; ++i) {
                 const unsigned row = lane / 4 + i % 2 * 8, k = i / 2 * 8 + lane % 4 * 2;
-                std::memcpy(&values[row * 16 + k], &product.a_registers[lane][i], 4);
+                const uint32_t pair = product.a_registers[lane][i];
+                values[row * 16 + k] = pair & 0xffff;
+                values[row * 16 + k + 1] = pair >> 16;
             }
         return values;
     }
@@ -213,36 +228,35 @@ std::vector<uint16_t> Block::factors(const IssuedProduct& product, unsigned inde
     const bool transposed = product.a.transposed;
     for (unsigned i = 0; i < 16; ++i)
         for (unsigned part = 0; part < 2; ++part) {
-            uint16_t chunk[8];
+            uint32_t chunk[8];
             const uint32_t at = transposed ? product.a.chunk(i, first / 8 + part) : product.a.chunk(first + i, part);
-            std::memcpy(chunk, memory(at), 16);
-            for (unsigned j = 0; j < 8; ++j)
-                values[transposed ? (part * 8 + j) * 16 + i : i * 16 + part * 8 + j] = chunk[j];
+            const unsigned count = read_chunk(at, product.type, chunk);
+            for (unsigned j = 0; j < count; ++j)
+                values[transposed ? (part * 8 + j) * depth + i : i * depth + part * count + j] = chunk[j];
         }
     return values;
 }
 
 // The whole of B, [k][column].
-std::vector<uint16_t> Block::columns(const IssuedProduct& product) {
+std::vector<uint32_t> Block::columns(const IssuedProduct& product) {
     const unsigned columns = product.columns;
     const bool transposed = product.b.transposed;
-    std::vector<uint16_t> values(size_t(16) * columns);
+    std::vector<uint32_t> values(size_t(product.depth()) * columns);
     for (unsigned i = 0; i < (transposed ? 16 : columns); ++i)
         for (unsigned part = 0; part < (transposed ? columns / 8 : 2); ++part) {
-            uint16_t chunk[8];
-            std::memcpy(chunk, memory(product.b.chunk(i, part)), 16);
-            for (unsigned j = 0; j < 8; ++j)
-                values[transposed ? i * columns + part * 8 + j : (part * 8 + j) * columns + i] = chunk[j];
+            uint32_t chunk[8];
+            const unsigned count = read_chunk(product.b.chunk(i, part), product.type, chunk);
+            for (unsigned j = 0; j < count; ++j)
+                values[transposed ? i * columns + part * 8 + j : (part * count + j) * columns + i] = chunk[j];
         }
     return values;
 }
 
 void Block::execute(IssuedProduct& product, unsigned index) {
     const unsigned sums = product.columns / 2;
-    const Factor type = product.bfloat16 ? Factor::Bfloat16 : Factor::Half;
     Decoded a, b;
-    a.decode(factors(product, index).data(), 16, 16, type);
-    b.decode(columns(product).data(), 16, product.columns, type);
+    a.decode(factors(product, index).data(), 16, product.depth(), product.type);
+    b.decode(columns(product).data(), product.depth(), product.columns, product.type);
     std::vector<float> row(product.columns);
     for (unsigned y = 0; y < 16; ++y) {
         // Row y lies in four lanes, two neighbouring columns in each of them.
