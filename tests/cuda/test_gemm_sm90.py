@@ -185,7 +185,7 @@ def test_tf32_products_of_floats_as_they_lie(kind: str, device: str) -> None:
         a, b = Operand(config, m, k, "K", device), Operand(config, n, k, "K", device)
         result = multiply(config, a, b, bias_of(n, device), 1.0, 1.0)
         reference = tf32(a.values).double() @ tf32(b.values).double().T + bias_of(n, device).double()
-        assert relative(result, reference) < 2e-6, (m, n, k)
+        assert relative(result, reference) < 5e-6, (m, n, k)
 
 
 # The simulator's two blocks, or its one pair, have one to five tiles each, an odd number too, some with rows to spare.

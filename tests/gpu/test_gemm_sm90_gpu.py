@@ -39,7 +39,7 @@ SHAPES = [(8, 8, 136), (304, 520, 1000), (1000, 3000, 136), (4104, 2056, 136)]
 class Always(HalfProducts):
     """Reads halves wherever it can, whatever would be faster."""
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return 1.0
 
     def split(self, elements: float) -> float:

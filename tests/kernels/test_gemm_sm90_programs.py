@@ -17,6 +17,7 @@ from fusewright.codegen.host import HostPrinter, Kernels
 from fusewright.codegen.launch import LaunchSpec, TensorMapArg
 from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
 from fusewright.ir.encoding import Halves
+from fusewright.ir.size import Size
 from fusewright.kernels.base import Program, Refused
 from fusewright.kernels.choose import candidates, contenders
 from fusewright.kernels.gemm_sm90 import TILES, GemmSm90, HalfProducts, Tile
@@ -32,7 +33,7 @@ M, N, K = 136, 264, 200
 class Always(HalfProducts):
     """Reads halves wherever it can, whatever would be faster."""
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return 1.0
 
     def registers(self, m: float, n: float, k: float) -> float:
@@ -275,12 +276,57 @@ def variants(dtype: torch.dtype, m: int, n: int, k: int) -> list[str]:
         (torch.float32, (1024, 8192, 8192), "128×128×64"),  # measured
         (torch.bfloat16, (3328, 1600, 2048), "256×160×64"),  # 130 tiles: one wave, where 128×128 takes three
         (torch.bfloat16, (1152, 4480, 3072), "128×160×64"),  # 252 tiles, two waves
-        (torch.float32, (672, 640, 1920), "128×64×64"),  # 60 tiles, where 128×128 has 30
+        (torch.float32, (768, 1280, 512), "128×64×64"),  # 120 tiles, where 128×128 has 60
+        (torch.float32, (768, 696, 4096), "128×64×64 split-K 2"),  # 66 tiles
+        (torch.bfloat16, (768, 696, 4096), "128×64×64 split-K 2"),
     ],
 )
 def test_tiles_that_fill_waves_come_first(dtype: torch.dtype, sizes: tuple[int, int, int], best: str) -> None:
     found = variants(dtype, *sizes)
     assert found[0] == best and len(found) <= 3
+
+
+def test_blocks_share_k_that_is_known_and_long() -> None:
+    x, w = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (768, 696))
+    (region,) = plan_of(lambda x, w: x @ w.T, x, w).regions
+    assert region.gemm is not None
+    a, b = region.gemm.a, region.gemm.b
+
+    def splits(k: Size) -> set[str]:
+        gemm = replace(region.gemm, a=replace(a, shape=(768, k)), b=replace(b, shape=(k, 696)))
+        found = GemmSm90().programs(replace(region, gemm=gemm), H200)
+        return {p.variant for p in found if "split-K" in p.variant}
+
+    assert splits(4096) == {"128×64×64 split-K 2", "128×128×64 split-K 2"}
+    assert not splits(512) and not splits(sympy.Symbol("k", positive=True, integer=True))
+
+
+class AsTheyLie(Always):
+    """No product reads halves."""
+
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
+        return -1.0
+
+
+def test_floats_that_copies_round_to_tf32() -> None:
+    """One launch, with nothing beside it; what lies badly is left to the CUDA cores."""
+    region = product(torch.float32, tf32=True, kind=AsTheyLie)
+    program = best(region)
+    (launch,) = program.launches
+    a, b = (arg for arg in launch.args if isinstance(arg, TensorMapArg))
+    assert (a.dtype, a.box[0], a.tf32, b.tf32) == (torch.float32, 32, True, True) and not program.workspaces
+    assert "using Element = float;" in launch.source and "×32" in program.variant
+    check_compiles(launch)
+    fallbacks = launch.unaligned, launch.unaligned and launch.unaligned.unaligned
+    assert fallbacks[1] is not None and "gemm_simt" in fallbacks[1].source
+    refused = GemmSm90().supports(product(torch.float32, tf32=False, kind=AsTheyLie), H200)
+    assert refused is not None and "not split" in refused.reason
+
+
+def test_halves_are_worth_it_where_k_is_long() -> None:
+    halves = HalfProducts(H200, tf32=True, library=False)
+    for m, n, k, worth in ((1024, 8192, 8192, True), (768, 696, 4096, False), (715, 2304, 512, False)):
+        assert (halves.gain(m, n, k, 128) > halves.split(m * k)) == worth
 
 
 def test_the_headline_measures_no_further_tiles() -> None:
@@ -334,8 +380,8 @@ def test_pairs_fetch_equal_parts(majors: str) -> None:
 def test_small_float32_products_go_to_the_tensor_cores() -> None:
     halves = HalfProducts(H200, tf32=False, library=False)
     for m, n, k in ((672, 640, 1920), (632, 880, 544)):
-        assert halves.gain(m, n, k, direct=True) > halves.split(m * k) + halves.split(n * k)
-    assert halves.gain(256, 256, 256, direct=True) < 2 * halves.split(256 * 256)
+        assert halves.gain(m, n, k, direct=128) > halves.split(m * k) + halves.split(n * k)
+    assert halves.gain(256, 256, 256, direct=128) < 2 * halves.split(256 * 256)
 
 
 def test_the_saved_mask_of_a_training_forward() -> None:

@@ -28,7 +28,7 @@ M, N, K = 24, 40, 136
 class Always(HalfProducts):
     """Reads halves wherever it can, whatever would be faster."""
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return 1.0
 
     def split(self, elements: float) -> float:
@@ -191,4 +191,4 @@ def test_a_weight_read_along_k_and_one_that_is_not_aligned() -> None:
 def test_a_product_of_few_rows_reads_its_weight_as_it_lies() -> None:
     """Also where a split costs nothing."""
     products = HalfProducts(CHIPS["sm_90a"], tf32=False, library=False)
-    assert products.gain(16, 4096, 4096, direct=True) < 0 < products.gain(1024, 4096, 4096, direct=True)
+    assert products.gain(16, 4096, 4096, direct=128) < 0 < products.gain(1024, 4096, 4096, direct=128)

@@ -28,7 +28,7 @@ class Costs:
     ) -> None:
         self.planes, self.least, self.share, self.longer, self.tf32 = planes, least, share, registers, tf32
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return 1.0 if k >= self.least else -1.0
 
     def registers(self, m: float, n: float, k: float) -> float:
@@ -241,3 +241,35 @@ def test_what_is_kept_is_not_rounded_again() -> None:
     call(torch.randn(M, K), torch.randn(N, K))
     assert planes(compiler.plan(record.graphs[0], (), ROUNDED)) == [(1, 0)]
     assert planes(compiler.plan(record.graphs[0], (), ROUNDED, kept=(1,))) == [(1, 1)]
+
+
+# ---- Floats as they lie
+
+
+def as_they_lie(function: Callable[..., Any], *inputs: torch.Tensor, costs: Costs) -> list[bool]:
+    """Of each product."""
+    (plan,) = plans(function, *inputs, costs=costs)
+    return [r.gemm.tf32 for r in plan.regions if r.gemm]
+
+
+def test_where_tf32_is_allowed_lines_along_k_may_be_read_as_they_lie() -> None:
+    x, w, no_gain = torch.randn(M, K), torch.randn(N, K), Costs(1, least=10**6, tf32=True)
+    assert as_they_lie(linear, x, w, costs=no_gain) == [True]
+    assert as_they_lie(lambda x, w: torch.relu(x @ w), x, torch.randn(K, N), costs=no_gain) == [False]
+    assert as_they_lie(linear, torch.randn(M, K + 1), torch.randn(N, K + 1), costs=no_gain) == [False]
+    assert as_they_lie(linear, x, w, costs=Costs(2, least=10**6)) == [False]
+    assert as_they_lie(linear, x, w, costs=Costs(1, tf32=True)) == [False]  # it reads halves
+
+
+def test_how_lines_are_aligned_decides() -> None:
+    class Told(Costs):
+        def gain(self, m: float, n: float, k: float, direct: int) -> float:
+            told.append(direct)
+            return -1.0
+
+    told: list[int] = []
+    for k in (32, 16, 24, 20, 21):
+        plans(linear, torch.randn(M, k), torch.randn(N, k), costs=Told(1, tf32=True))
+    wide = torch.randn(M, 36)[:, :32]  # lines 144 bytes apart
+    plans(linear, wide, torch.randn(N, 32), costs=Told(1, tf32=True))
+    assert told == [128, 64, 32, 16, 0, 16]

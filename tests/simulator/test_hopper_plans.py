@@ -134,6 +134,41 @@ def test_pairs_take_any_number_of_rows(built: list[Executable], monkeypatch: pyt
     assert [(p.cluster, p.early) for p in program.launches] == [((2, 1, 1), True)]
 
 
+def test_floats_are_rounded_to_tf32_as_they_are_copied(
+    built: list[Executable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the flags allow it: to nearest, which cutting off would miss by twice the error."""
+    prefer("128×64×32", monkeypatch)
+    monkeypatch.setattr(HalfProducts, "gain", lambda *_: -1.0)
+    call = torch.compile(headline, backend="fusewright", options={"simulate": True, "arch": "sm_90a"})
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert 1e-4 < relative(call, 136, 72, 200, torch.float32) < 4e-4
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert families(built) == ["gemm_sm90"] and not built[0].plan.encodes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_share_k(dtype: torch.dtype, built: list[Executable], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32 by halves a row has lost bits, of which only the flags of the part of a tile tell that it lies in."""
+    prefer("128×64×64 split-K 2", monkeypatch)
+    monkeypatch.setattr(HalfProducts, "gain", lambda *_: 1.0)
+    call = torch.compile(
+        lambda x, w: torch.relu(x @ w.T), backend="fusewright", options={"simulate": True, "arch": "sm_90a"}
+    )
+    torch.manual_seed(0)
+    x, w = torch.randn(136, 800), torch.randn(104, 800)
+    x[20] *= 2.0**-24
+    x, w = x.to(dtype), w.to(dtype)
+    result, exact = call(x, w).double(), torch.relu(x.double() @ w.double().T)
+    error = (result - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+    (program,) = (p for p in built[0].programs.values() if p.family == "gemm_sm90")
+    assert program.launches[0].cluster == (2, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "sizes", "variant"),
     [

@@ -383,7 +383,7 @@ GENERATORS = {"kernels/base.py", "kernels/split_f16.py"}  # whose text has barri
 class Always(HalfProducts):
     """Reads halves whatever would be faster."""
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return 1.0
 
 

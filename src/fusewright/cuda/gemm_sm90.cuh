@@ -53,8 +53,8 @@ template <class Config> struct GemmSm90 {
 
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
     // either way round (of floats by 32). So a tensor needs one map for all the products that it takes part in.
-    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 128 / sizeof(Element);
-    static constexpr int kStep = 32 / sizeof(Element);
+    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = kIsFloat<Element> ? 32 : 64;
+    static constexpr int kStep = kTileK / 4;
     // Of a K-major B narrower panels where whole ones do not make up a block's share; of one that is MN-major the last
     // panel is copied whole.
     static constexpr int kShareB = kTileN / kCluster, kDividesShare = kShareB & -kShareB;

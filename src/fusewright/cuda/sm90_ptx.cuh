@@ -235,6 +235,8 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
+template <class Element> constexpr const bool kIsFloat = false;
+template <> constexpr const bool kIsFloat<float> = true;
 
 // d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × k) · B (k × kColumns), asynchronously; k is 16, or 8 of
 // floats, which count as TF32: their lower 13 bits do not, and both matrices are K-major.
@@ -254,8 +256,8 @@ template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
 #define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
     template <class Element, Major kMajorA, Major kMajorB>                                                  \
     __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
-        static_assert(sizeof(Element) == 2 || (kMajorA == Major::K && kMajorB == Major::K));                \
-        if constexpr (sizeof(Element) == 4) FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, __VA_ARGS__);            \
+        static_assert(!kIsFloat<Element> || (kMajorA == Major::K && kMajorB == Major::K));                  \
+        if constexpr (kIsFloat<Element>) FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, __VA_ARGS__);            \
         else if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);    \
         else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
     }

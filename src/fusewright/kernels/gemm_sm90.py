@@ -45,6 +45,8 @@ THREADS, TILE_K = 384, 64
 _LINE = 16  # bytes: bulk copies want lines at multiples of it
 _SLAB = 32  # columns that a warp finishes at once, at least
 _LEAST_K = {1: 64, 3: 128}  # by products: below, plain float32 is as fast or more accurate
+# Of multiprocessors, those that clusters of so many blocks use at once: what an H200 answers, which has 132 of them.
+_CLUSTERED = {1: 1.0, 2: 1.0, 3: 117 / 132, 4: 120 / 132}
 # Where K is shared: steps of it for each block, at least; tiles a multiprocessor, at most.
 _LEAST_SHARE, _FEW_TILES = 6, 2
 # Seldom runs, and always compiles.
@@ -57,8 +59,8 @@ _TF32_STEPS = 2
 # Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread:
 # with nothing but a store to do, for each operation, for each function, and where tiles end beyond the result.
 _LAUNCH, _STORE, _OPERATION, _FUNCTION, _BOUNDED = 3e-6, 1e-6 / 128, 0.1e-6 / 128, 3e-6 / 128, 6e-6 / 128
-# And what the exchange between blocks that share K does, by sums of a thread.
-_EXCHANGED = 2e-6 / 128
+# And what the exchange between blocks that share K does, and the look at sums of halves, by sums of a thread.
+_EXCHANGED, _UNSCALED = 2e-6 / 128, 2.5e-6 / 128
 # Primitives of an instruction or two, as comparisons are; all others are functions.
 _SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
 
@@ -115,8 +117,8 @@ class Tile:
         if self.registers or self.ping_pong:
             return []
         room = sum(self.stage(products, major))
-        fitting = (s for s in (2, 3, 4) if self.n % (s * _SLAB) == 0 and (s - 1) * self.m * self.n // s * 4 <= room)
-        return list(fitting)
+        wanted = (s for s in (2, 3, 4) if self.n % (s * _SLAB) == 0 and s * self.cluster in _CLUSTERED)
+        return [s for s in wanted if (s - 1) * self.m * self.n // s * 4 <= room]
 
     def stage(self, products: int, major: str) -> tuple[int, int]:
         """Bytes of the left and of the right operand, of `major`, in a stage of the ring: whole panels."""
@@ -214,13 +216,13 @@ class HalfProducts:
     def products(self) -> int:
         return 1 if self.tf32 else 3
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         if k < _LEAST_K[self.products]:
             return -math.inf
         otherwise = self._otherwise(m, n, k)
         if self.tf32 and direct:
-            otherwise = min(otherwise, self._best(m, n, _TF32_STEPS * k, TILES[1]))
-        return otherwise - self._best(m, n, k, TILES[self.products]) - _LAUNCH
+            otherwise = min(otherwise, self._best(m, n, _TF32_STEPS * k, TILES[1], direct))
+        return otherwise - self._best(m, n, k, TILES[self.products], epilogue=_STORE + _UNSCALED) - _LAUNCH
 
     def registers(self, m: float, n: float, k: float) -> float:
         if self.products != 1:
@@ -231,10 +233,13 @@ class HalfProducts:
     def split(self, elements: float) -> float:
         return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
 
-    def _best(self, m: float, n: float, k: float, tiles: Sequence[Tile]) -> float:
-        copies = Copies("K", _ALL_COPIES[0][1], _ALL_COPIES[0][1])
+    def _best(
+        self, m: float, n: float, k: float, tiles: Sequence[Tile], alignment: int = 128, epilogue: float = _STORE
+    ) -> float:
+        rate = dict(_ALL_COPIES)[alignment]
+        copies = Copies("K", rate, rate)
         tiles = (*tiles, *_shared(tiles, m, n, k, self.products, "K", self.chip))
-        return min(_seconds(m, n, k, tile, self.products, copies, self.chip) for tile in tiles)
+        return min(_seconds(m, n, k, tile, self.products, copies, self.chip, epilogue) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
         """Our float32 on the CUDA cores, or torch's: tiles of 64, with TF32 of 128, a multiprocessor for each. Of few
@@ -309,7 +314,7 @@ def _shared(tiles: Sequence[Tile], m: float, n: float, k: float, products: int, 
 
 def _clusters_at_once(tile: Tile, chip: Chip) -> int:
     """Larger clusters than pairs do not use the chip up: each lies within one of its parts."""
-    return (chip.multiprocessors if tile.blocks <= 2 else chip.multiprocessors * 7 // 8) // tile.blocks
+    return int(chip.multiprocessors * _CLUSTERED[tile.blocks]) // tile.blocks
 
 
 def _copies_in_bulk(operand: Operand) -> bool:

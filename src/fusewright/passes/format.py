@@ -23,7 +23,7 @@ from fusewright.ir.graph import Builder, Graph, Node, Origin, base_of, untranspo
 from fusewright.ir.rules import check
 from fusewright.ir.size import divides, evaluate_typical, same
 
-_LINE = 4  # floats in 16 bytes
+_ALIGNMENTS = (128, 64, 32, 16)  # bytes, by which copies differ
 
 
 class Capabilities(Protocol):
@@ -37,9 +37,9 @@ class Capabilities(Protocol):
     def planes(self) -> int:
         """Of a split: 2 for float32's precision, 1 where TF32's is allowed."""
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         """Seconds that a product of m × k by k × n saves where its operands are split; negative where it loses. direct:
-        kernels may read both as they lie."""
+        bytes that the lines of both, which run along K, lie at multiples of; 0 where kernels cannot read both so."""
 
     def registers(self, m: float, n: float, k: float) -> float:
         """Seconds more that it takes where it rounds its right operand in registers; infinite where it cannot."""
@@ -57,22 +57,28 @@ class Operand:
     turned: bool
 
     @property
+    def alignment(self) -> int:
+        """Bytes that its lines lie at multiples of: 128 to 16, or 0 where a kernel cannot read the matrix itself."""
+        stride = self.source.tensor.stride[1 if self.flipped else 0] * self.source.tensor.dtype.itemsize
+        return next((bytes for bytes in _ALIGNMENTS if divides(bytes, stride) is not None), 0)
+
+    @property
     def copied_in_bulk(self) -> bool:
-        """Whether its lines are multiples of 16 bytes apart, as a kernel needs that reads the matrix itself."""
-        return divides(_LINE, self.source.tensor.stride[1 if self.flipped else 0]) is not None
+        return self.alignment > 0
 
 
 def encode_operands(graph: Graph, capabilities: Capabilities, kept: Iterable[Node] = ()) -> Graph:
     """Gives products encodings of their operands wherever that pays. kept: inputs whose splits cost nothing here."""
     products = {node: found for node in graph.nodes() if (found := _operands(node)) is not None}
     chosen = _choose(products, capabilities, set(kept))
-    as_they_lie = {n for n, o in products.items() if capabilities.tf32 and n not in chosen and _direct(*o)}
+    as_they_lie = {n for n, o in products.items() if capabilities.tf32 and n not in chosen and _along_k(*o)}
     return _rebuild(graph, products, chosen, as_they_lie, capabilities.planes) if chosen or as_they_lie else graph
 
 
-def _direct(a: Operand, b: Operand) -> bool:
-    """Whether kernels may read floats as they lie: lines that run along K, at multiples of 16 bytes."""
-    return not a.turned and b.turned and a.copied_in_bulk and b.copied_in_bulk
+def _along_k(a: Operand, b: Operand) -> int:
+    """Bytes that the lines of both operands lie at multiples of, as far as copies care, where they run along K; else 0,
+    as where copies do not take them."""
+    return min(a.alignment, b.alignment) if b.turned and not a.turned else 0
 
 
 def _operands(node: Node) -> tuple[Operand, Operand] | None:
@@ -103,7 +109,7 @@ def _choose(
         (m, k), n = node.inputs[0].tensor.shape, node.inputs[1].tensor.shape[1]
         sizes = [evaluate_typical(s) for s in (m, n, k)]
         a, b = operands
-        gain = capabilities.gain(sizes[0], sizes[1], sizes[2], _direct(a, b))
+        gain = capabilities.gain(sizes[0], sizes[1], sizes[2], _along_k(a, b))
         if gain <= 0:
             continue
         network.add_edge("source", node, capacity=gain)

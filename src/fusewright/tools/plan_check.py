@@ -70,7 +70,7 @@ class _Always:
     rounded: bool
     tf32: bool
 
-    def gain(self, m: float, n: float, k: float, direct: bool) -> float:
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
         return -1.0 if self.tf32 and direct else 1.0
 
     def registers(self, m: float, n: float, k: float) -> float:

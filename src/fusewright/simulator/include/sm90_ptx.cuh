@@ -114,10 +114,12 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait() { simulator
 // Products write through pointers: the compiler knows.
 template <int kCount> __device__ __forceinline__ void hold_registers(float (&)[kCount]) {}
 
+template <class Element> constexpr const bool kIsFloat = kFactor<Element> == simulator::Factor::Tf32;
+
 template <class Element, Major kMajorA, Major kMajorB, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kCount % 16 == 0 && kCount <= 128, "32 to 256 columns");
-    static_assert(sizeof(Element) == 2 || (kMajorA == Major::K && kMajorB == Major::K));
+    static_assert(!kIsFloat<Element> || (kMajorA == Major::K && kMajorB == Major::K));
     simulator::wgmma({d, nullptr, a, b, 2 * kCount, kFactor<Element>, kMajorA == Major::MN, kMajorB == Major::MN,
                       accumulate});
 }
