@@ -26,6 +26,9 @@ Environment = dict[str, Any]  # tensors
 # One thing to do: reads and writes tensors of the environment.
 Action = Callable[[Environment], None]
 
+# torch.empty_strided on the current GPU, by what Inductor's own code calls: it takes a third of the time.
+_EMPTY_ON_THIS_GPU = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
 # Distinct sets of sizes whose prepared launches are kept.
 _PREPARED = 64
 
@@ -200,11 +203,17 @@ def _release(names: Sequence[str]) -> Action:
 
 
 def _allocate(buffers: Sequence[Buffer], sizes: Sizes, device: torch.device) -> Action:
-    shapes = [(b.name, _values(b.shape, sizes), _values(b.stride, sizes), b.dtype) for b in buffers]
+    shapes = [(b.name, (_values(b.shape, sizes), _values(b.stride, sizes), b.dtype)) for b in buffers]
+    index = (device.index or 0) if device.type == "cuda" else None
+
+    def anywhere(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def act(environment: Environment) -> None:
-        for name, shape, stride, dtype in shapes:
-            environment[name] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        here = index is not None and torch._C._cuda_getDevice() == index
+        empty = _EMPTY_ON_THIS_GPU if here and _EMPTY_ON_THIS_GPU else anywhere
+        for name, layout in shapes:
+            environment[name] = empty(*layout)
 
     return act
 
