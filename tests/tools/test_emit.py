@@ -234,6 +234,32 @@ def test_constants_of_modules_whose_names_are_no_names(tmp_path: Path) -> None:
         instance.model(*instance.inputs)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "nn.ModuleDict({'1': nn.LeakyReLU(0.2), '0': nn.Linear(20, 20)})",
+        "nn.Sequential(collections.OrderedDict([('1', nn.LeakyReLU(0.2)), ('0', nn.Linear(20, 20))]))",
+        "nn.ModuleDict({'else': nn.Sequential(nn.Linear(20, 20), nn.LeakyReLU(0.2))})",
+    ],
+)
+def test_modules_whose_names_are_digits_or_keywords(parts: str, tmp_path: Path) -> None:
+    """Digits are the places of a list's modules, but the keys of a dictionary's."""
+    body = f"""
+    def __init__(self):
+        super().__init__()
+        self.parts = {parts}
+
+    def forward(self, x):
+        for name in self.parts._modules:
+            x = self.parts._modules[name](x)
+        return x
+"""
+    file = written("import collections\n" + model(body))
+    ours, theirs = loaded(file.text, tmp_path).instantiate(device="cpu"), file.file.instantiate(device="cpu")
+    with torch.no_grad(), operators(file):
+        torch.testing.assert_close(ours.model(*ours.inputs).float(), theirs.model(*theirs.inputs))
+
+
 @pytest.mark.parametrize("line", ["import torch, torch.nn as nn", "import torch as torch, torch.nn as nn"])
 def test_torch_is_imported_once(line: str) -> None:
     text = varied("no parameters").original.replace("import torch\nimport torch.nn as nn\n", f"{line}\n")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusewright import __version__
-from fusewright.capture.model import CapturedModel, OutputIndex, undecorated
+from fusewright.capture.model import CapturedModel, OutputIndex, member, undecorated
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
 from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
@@ -438,18 +438,16 @@ def _plain(value: Any) -> bool:
     return type(value) in (bool, int, str) or (type(value) is float and not math.isnan(value))
 
 
-def _member(name: str) -> str:
-    """How a module's child is reached: of a ModuleList, by a name, or by one that is none of Python's."""
-    return f"[{name}]" if name.isdigit() else f".{name}" if name.isidentifier() else f"._modules[{name!r}]"
-
-
 def _constants(model: nn.Module) -> dict[str, Any]:
     """Plain values in the modules' attributes: kernels hold them as constants, so they must not change unnoticed."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):  # the shapes of its parameters are checked
             continue
-        prefix = "".join(map(_member, filter(None, path.split("."))))
+        prefix, parent = "", model
+        for name in filter(None, path.split(".")):
+            prefix += member(parent, name)
+            parent = parent.get_submodule(name)
         for name, value in vars(module).items():
             if name.startswith("_") or name in ("training", "inplace"):
                 continue
