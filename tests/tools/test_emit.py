@@ -333,6 +333,20 @@ def test_a_decorator_that_changes_forward_is_refused() -> None:
         written(model(body, before=twice))
 
 
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_that_a_tensor_gives_are_refused() -> None:
+    body = """
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(0.2))
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope.item())
+"""
+    with pytest.raises(CannotCapture, match=r"as \.item\(\) .*run the model in process"):
+        written(model(body))
+
+
 def test_a_result_keeps_its_gradient() -> None:
     """A result without a gradient comes first: the second one's gradient is the second that backward is given."""
     file = varied("indices first")

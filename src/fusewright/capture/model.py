@@ -27,7 +27,7 @@ from fusewright.capture.backend import decompositions
 from fusewright.capture.fx import from_fx
 from fusewright.capture.interrupts import postponed
 from fusewright.capture.joint import partition_joint
-from fusewright.capture.metadata import size_of
+from fusewright.capture.metadata import reads_numbers, size_of
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
 from fusewright.passes.format import Capabilities
@@ -98,7 +98,15 @@ class _Recorder:
         )(module, inputs)
         return compiled
 
+    def check(self, module: fx.GraphModule) -> None:
+        if reads_numbers(module):
+            raise CannotCapture(
+                "the model computes with a number or a size that a tensor's values give, as .item() and nonzero() do; "
+                'take that out, or run the model in process: torch.compile(model, backend="fusewright")'
+            )
+
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        self.check(joint)
         forward, backward = partition_joint(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, capabilities=self.capabilities, **options
         )
@@ -107,6 +115,7 @@ class _Recorder:
         return forward, backward
 
     def record(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.check(module)
         self.graph = from_fx(module)
         values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in module.graph.output_node().args[0]]  # type: ignore[union-attr]
 
