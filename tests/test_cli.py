@@ -345,6 +345,7 @@ def test_help_that_a_newcomer_can_work_from(run: Run) -> None:
     for command in commands():
         shown = " ".join(run(*command, "--help").out.split())
         assert "--json" in shown, command
+        assert "<bool>" not in shown.replace("--help <bool>", ""), command  # which is typer's own
         examples = shown.partition("Examples: ")[2]
         if command != ["cache", "info"]:
             assert f"fusewright {' '.join(command)}" in examples, command

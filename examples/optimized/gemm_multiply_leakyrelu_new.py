@@ -4,25 +4,14 @@ import torch.nn as nn
 from torch.utils.cpp_extension import load_inline
 
 # Written by fusewright 0.1.0 from gemm_multiply_leakyrelu.py for sm_90a:
-# the kernels that ModelNew runs, and the code that launches them.
+# the kernels that ModelNew runs, and below them the code that launches them.
 CUDA_SOURCE = r"""
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_strided.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <cuda_fp16.h>
 #include <cstdint>
 #include <cstring>
-#include <string>
-#include <vector>
-#include <cuda.h>
-#include <cuda_runtime_api.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <cuda_fp16.h>
 #include <cuda_bf16.h>
 
-namespace {
+namespace fusewright_gemm_multiply_leakyrelu_376448263fd5 {
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -2150,6 +2139,85 @@ fused_mm_2_patch(const float* __restrict__ a, int64_t a_row_stride, int64_t a_k_
 
 }  // namespace backward_mm_2_patch
 
+// ======== for the host code
+
+// Whether a launch may begin while the one before it still ends: whether all kernels here are compiled for chips that can,
+// and so wait. What they were compiled for counts, not the chip, which may run code for an older one.
+bool can_overlap() {
+#if defined(__CUDA_ARCH_LIST__)
+    for (int arch : {__CUDA_ARCH_LIST__})
+        if (arch < 900) return false;
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace fusewright_gemm_multiply_leakyrelu_376448263fd5
+"""
+
+# Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
+CPP_SOURCE = r"""
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+#include <cuda_runtime.h>
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+#include <cuda.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace fusewright_gemm_multiply_leakyrelu_376448263fd5 {
+
+// ======== the kernels, which are in CUDA_SOURCE
+
+namespace fusewright { struct alignas(64) TensorMap { unsigned char opaque[128]; }; }
+namespace fused_sample_f16x2_f16x2 { void sample_f16x2_f16x2(const float* x0, int64_t stride0, int64_t lines0,
+    int64_t length0, int* halves0, const float* x1, int64_t stride1, int64_t lines1, int64_t length1,
+    int* halves1, int* samples); }
+namespace fused_split_f16x2_f16x2 { void split_f16x2_f16x2(const float* x0, int64_t stride0, int64_t lines0,
+    int64_t length0, int* halves0, const float* x1, int64_t stride1, int64_t lines1, int64_t length1,
+    int* halves1, const int* samples, int64_t samples_each, int64_t blocks0, int64_t blocks1); }
+namespace fused_addmm_mul_leaky_relu { void fused_addmm_mul_leaky_relu(fusewright::TensorMap a,
+    fusewright::TensorMap b, int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves,
+    uint8_t* lost, const float* bias, float* out); }
+namespace fused_addmm_mul_leaky_relu_patch { void fused_addmm_mul_leaky_relu_patch(const float* a,
+    int64_t a_row_stride, int64_t a_k_stride, const float* b, int64_t b_k_stride, int64_t b_col_stride,
+    int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
+    const float* bias, float* out); }
+namespace forward_addmm_mul_leaky_relu { void fused_addmm_mul_leaky_relu(fusewright::TensorMap a,
+    fusewright::TensorMap b, int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves,
+    uint8_t* lost, const float* bias, float* out, uint8_t* mask); }
+namespace forward_addmm_mul_leaky_relu_patch { void fused_addmm_mul_leaky_relu_patch(const float* a,
+    int64_t a_row_stride, int64_t a_k_stride, const float* b, int64_t b_k_stride, int64_t b_col_stride,
+    int64_t M, int64_t N, int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost,
+    const float* bias, float* out, uint8_t* mask); }
+namespace backward_leaky_relu_backward_mul_sum { void fused_leaky_relu_backward_mul_sum(int64_t rows,
+    int64_t cols, int64_t rows_per_split, const uint8_t* mask, const float* grad, float* t1, float* out1); }
+namespace backward_sample_f16x2 { void sample_f16x2(const float* x0, int64_t stride0, int64_t lines0,
+    int64_t length0, int* halves0, int* samples); }
+namespace backward_split_f16x2 { void split_f16x2(const float* x0, int64_t stride0, int64_t lines0,
+    int64_t length0, int* halves0, const int* samples, int64_t samples_each, int64_t blocks0); }
+namespace backward_mm { void fused_mm(fusewright::TensorMap a, fusewright::TensorMap b, int64_t M, int64_t N,
+    int64_t K, const int* a_halves, const int* b_halves, uint8_t* lost, float* out); }
+namespace backward_mm_patch { void fused_mm_patch(const float* a, int64_t a_row_stride, int64_t a_k_stride,
+    const float* b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N, int64_t K,
+    const int* a_halves, const int* b_halves, const uint8_t* lost, float* out); }
+namespace backward_mm_2 { void fused_mm_2(fusewright::TensorMap a, fusewright::TensorMap b, int64_t M,
+    int64_t N, int64_t K, const int* a_halves, const int* b_halves, uint8_t* lost, float* out2); }
+namespace backward_mm_2_patch { void fused_mm_2_patch(const float* a, int64_t a_row_stride,
+    int64_t a_k_stride, const float* b, int64_t b_k_stride, int64_t b_col_stride, int64_t M, int64_t N,
+    int64_t K, const int* a_halves, const int* b_halves, const uint8_t* lost, float* out2); }
+bool can_overlap();
+
+namespace {
+
 // ======== host code
 
 using Sizes = std::vector<c10::SymInt>;
@@ -2193,18 +2261,6 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
-// Whether a launch may begin while the one before it still ends: whether all kernels here are compiled for chips that can,
-// and so wait. What they were compiled for counts, not the chip, which may run code for an older one.
-constexpr bool can_overlap() {
-#if defined(__CUDA_ARCH_LIST__)
-    for (int arch : {__CUDA_ARCH_LIST__})
-        if (arch < 900) return false;
-    return true;
-#else
-    return false;
-#endif
-}
-
 // early: the kernel waits for the launch before it itself (launch_before_wait).
 struct Shape {
     int64_t x, y, z;  // blocks
@@ -2215,10 +2271,11 @@ struct Shape {
 
 // On the current stream; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {
     if (shape.x == 0 || shape.y == 0 || shape.z == 0) return;
     if (shape.shared_bytes > 48 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+        C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
     cudaLaunchAttribute attributes[2];
     int count = 0;
     if (shape.early && can_overlap()) {
@@ -2254,6 +2311,7 @@ template <class T, size_t rank>
 fusewright::TensorMap tensor_map(T* start, CUtensorMapDataType type, const int64_t (&extents)[rank],
                                  const int64_t (&strides)[rank - 1], const uint32_t (&box)[rank],
                                  CUtensorMapSwizzle swizzle) {
+    static_assert(sizeof(fusewright::TensorMap) == sizeof(CUtensorMap));
     static const auto encode = tensor_map_encoder();
     fusewright::TensorMap map{};
     cuuint64_t dims[rank], bytes[rank];
@@ -2591,7 +2649,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2599,7 +2657,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2620,7 +2678,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2629,7 +2687,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2643,7 +2701,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2655,13 +2713,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_376448263fd5, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2669,7 +2727,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2677,7 +2735,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2685,11 +2743,13 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
 }
+
+}  // namespace fusewright_gemm_multiply_leakyrelu_376448263fd5
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
@@ -2699,9 +2759,10 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6",
-        cpp_sources="",
+        name="fusewright_gemm_multiply_leakyrelu_376448263fd5",
+        cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
+        extra_cflags=["-O2"],
         extra_cuda_cflags=[
             "-O3",
             "--fmad=false",  # a product and a sum round apart, as in eager
@@ -2710,6 +2771,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "-gencode=arch=compute_90a,code=sm_90a",
         ],
         is_python_module=False,
+        no_implicit_headers=True,
     )
 
 
@@ -2729,9 +2791,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2743,7 +2805,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_c6dd06cfcfb6.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

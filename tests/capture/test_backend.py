@@ -463,6 +463,34 @@ def test_operators_without_a_kernel_run_as_aten(name: str) -> None:
         assert any(f.startswith(name) for f in record.fallbacks)
 
 
+NUMBERS = {
+    "slope": lambda x, number: F.leaky_relu(x, number.item()),
+    "integer": lambda x, number: torch.relu(x + number.long().item()),
+    "filled": lambda x, number: torch.full_like(x, number.item()) * x,
+    "size": lambda x, number: x.flatten()[x.flatten() > number] * 2,
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_a_tensor_gives(name: str, requires_grad: bool) -> None:
+    """Where Dynamo keeps them within a graph, no call's sizes give them: the graph runs as ATen's operators."""
+    function = NUMBERS[name]
+    torch._dynamo.reset()
+    config = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    with torch._dynamo.config.patch(config):
+        compiled = torch.compile(function, backend="fusewright", options={"simulate": True}, fullgraph=True)
+        for value in (0.25, 0.5):
+            x = torch.randn(8, 8, requires_grad=requires_grad)
+            other = x.detach().clone().requires_grad_(requires_grad)
+            results = [f(t, torch.tensor(value)) for f, t in ((function, x), (compiled, other))]
+            torch.testing.assert_close(*results)
+            if requires_grad:
+                for result in results:
+                    result.square().sum().backward()
+                torch.testing.assert_close(x.grad, other.grad)
+
+
 def test_dropout_draws_as_many_as_it_should() -> None:
     run, _ = planned_module(lambda x: F.dropout(x, 0.5) * 2)
     zeros = (run(torch.ones(100, 100)) == 0).float().mean()

@@ -17,7 +17,7 @@ import pytest
 import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
-from torch.utils.cpp_extension import include_paths, library_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths, library_paths
 
 from fusewright.codegen.host import HostPrinter, Kernels, Result, cxx, permitted, tensor_inputs
 from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, TensorMapArg
@@ -87,7 +87,7 @@ def test_backward_computes_only_what_is_wanted() -> None:
 
 
 def spec(*args: Arg, unaligned: LaunchSpec | None = None) -> LaunchSpec:
-    return LaunchSpec("kernel", "", (1, 1, 1), (32, 1, 1), args, unaligned=unaligned)
+    return LaunchSpec("kernel", "__global__ void kernel() {}", (1, 1, 1), (32, 1, 1), args, unaligned=unaligned)
 
 
 def test_only_what_is_certainly_aligned_is_launched() -> None:
@@ -112,7 +112,7 @@ def test_a_view_that_starts_anywhere() -> None:
 
 
 def kernels_of(text: str) -> str:
-    return text.split("// ======== inference")[1].split("// ======== host code")[0]
+    return text.split("// ======== inference")[1].split("// ======== for the host code")[0]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_what_reads_ahead_is_launched_in_order(early: bool, ahead: tuple[str, ..
 def test_a_kernel_is_written_once() -> None:
     """A text that two graphs launch stands there once; kernels of one name stand in namespaces of their own."""
     text = varied("residual").text
-    names = re.findall(r"^namespace (?!fusewright\b)(\w+) \{$", text, re.M)
+    names = re.findall(r"^namespace (?!fusewright)(\w+) \{$", text, re.M)
     assert len(set(names)) == len(names) > 0
     assert "// ======== forward, in training" not in text  # it saves nothing, and launches what inference does
     assert "launch(fused_" in text.split("at::Tensor fusewright_forward(")[1].split("\n}\n")[0]
@@ -173,11 +173,63 @@ def skinny(dtype: str) -> Written:
 def test_kernels_compile_inside_their_namespace(file: Callable[[], Written]) -> None:
     """All headers and kernels of a file in one translation unit, and in a namespace: a type that a header of ours only
     declares would be another one there."""
-    cuda = file().text.split('CUDA_SOURCE = r"""\n')[1].split("// ======== host code\n")[0]
-    includes, kernels = cuda.split("\nnamespace {\n", 1)
+    cuda = source(file().text, "CUDA").split("// ======== for the host code\n")[0]
+    includes, kernels = cuda.split("\nnamespace ", 1)
     integers = re.findall(r"^typedef .*;$", (DEVICE_CODE / "vector.cuh").read_text(), re.MULTILINE)  # for <cstdint>
     system = re.findall(r"#include <cuda_[bf].*>", includes)
-    compile_cubin("\n".join([*system, *integers, "namespace {", kernels, "}"]), "sm_90a")
+    compile_cubin("\n".join([*system, *integers, f"namespace {kernels}", "}"]), "sm_90a")
+
+
+# ---- both sources, as they are
+
+
+@pytest.fixture(scope="module", params=("float32 halves", "library"))
+def file(request: pytest.FixtureRequest) -> Written:
+    return written(SORTED, library=True) if request.param == "library" else varied(request.param)
+
+
+def test_nvcc_reads_nothing_of_torch(file: Written) -> None:
+    """Its headers take nvcc many times as long as the kernels do. load_inline is told to add none of its own."""
+    cuda = source(file.text, "CUDA")
+    assert not re.search(r"\b(torch|ATen|c10|at)\b(/|::)", cuda) and "__global__" in cuda
+    assert "__global__" not in source(file.text, "CPP") and "no_implicit_headers=True," in file.text
+
+
+def test_both_compile_and_link(file: Written, tmp_path: Path) -> None:
+    """Each with the flags and the paths that load_inline gives it: what the host code launches, nvcc has defined."""
+    toolkit = Path(CUDA_HOME or "/usr/local/cuda")
+    compiler, nvcc = shutil.which("g++"), toolkit / "bin" / "nvcc"
+    if compiler is None or not nvcc.exists():
+        pytest.skip("needs g++ and nvcc")
+    for name, suffix in (("CUDA", "cu"), ("CPP", "cpp")):
+        (tmp_path / f"source.{suffix}").write_text(source(file.text, name))
+    missing = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # in a torch without CUDA
+    missing.parent.mkdir(parents=True)
+    missing.touch()
+    flags = re.search(r"extra_cuda_cflags=\[(.*?)\n        \]", file.text, re.DOTALL)
+    assert flags
+    cuda = [str(nvcc), *COMMON_NVCC_FLAGS, "--compiler-options", "-fPIC", "-std=c++20"]
+    cuda += re.findall(r'"(-.*?)",', flags[1])
+    paths = [tmp_path, *include_paths(), toolkit / "include"]
+    host = [compiler, "-fPIC", "-std=c++20", *(flag for p in paths for flag in ("-isystem", str(p)))]
+    ran([*cuda, "-c", "source.cu", "-o", "cuda.o"], tmp_path)
+    ran([*host, "-c", "source.cpp", "-o", "host.o"], tmp_path)
+    defined, undefined = (
+        set(re.findall(rf"\S*{space_of(file)}\S*", ran(["nm", f"--{kind}-only", f"{name}.o"], tmp_path)))
+        for kind, name in (("defined", "cuda"), ("undefined", "host"))
+    )
+    assert len(undefined) == 1 + source(file.text, "CUDA").count("\n__global__") and undefined <= defined
+
+
+def ran(command: Sequence[str], folder: Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[:4000]
+    return done.stdout
+
+
+def source(text: str, name: str) -> str:
+    """One of the two sources of a written file."""
+    return text.split(f'{name}_SOURCE = r"""\n')[1].split('\n"""')[0]
 
 
 # ---- compiled and called
@@ -188,15 +240,13 @@ _STUBS = """
 #include <algorithm>
 struct __half { short bits; };
 struct __nv_bfloat16 { short bits; };
-template <class T> cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) { return cudaSuccess; }
+extern "C" cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*f)(P...), A... a) {
     f(a...);
     return cudaSuccess;
 }
-#define __CUDA_ARCH_LIST__ 900, 1000
 namespace c10::cuda { inline cudaStream_t getCurrentCUDAStream() { return nullptr; } }
 struct Guard { explicit Guard(c10::Device) {} };
-namespace fusewright { struct alignas(64) TensorMap { unsigned char opaque[128]; }; }
 """
 # What takes the place of a GPU: tensors lie on the CPU, kernels do nothing.
 _CHANGES = (
@@ -206,23 +256,18 @@ _CHANGES = (
     (r"const c10::cuda::CUDAGuard guard", "const Guard guard"),
     (r"t\.is_cuda\(\)", "t.is_cpu()"),
     (r", CUDA, library\)", ", CPU, library)"),
-)
-_KERNEL = re.compile(
-    r"^namespace (\w+) \{\n(?:(?!^namespace ).)*?^__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+\(.*?\)) \{",
-    re.MULTILINE | re.DOTALL,
+    (r"bool can_overlap\(\);", "bool can_overlap() { return true; }"),
+    (r"^(namespace \w+ \{ void [^;]*); \}$", r"\1 {} }"),
 )
 
 
 def host_code(text: str) -> tuple[list[str], str]:
     """What the written C++ includes, and the C++ with kernels that do nothing, for the CPU."""
-    cuda = text.split('CUDA_SOURCE = r"""\n')[1].split('\n"""')[0]
-    kernels, host = cuda.split("// ======== host code\n")
-    defined = [f"namespace {n} {{ void {head} {{}} }}" for n, head in _KERNEL.findall(kernels)]
-    assert len(defined) == kernels.count("\n__global__")
-    includes = [i for i in re.findall(r"#include <.*>", kernels) if "cuda" not in i]
+    includes, host = source(text, "CPP").split("\nnamespace ", 1)
     for pattern, replacement in _CHANGES:
-        host = re.sub(pattern, replacement, host, flags=re.DOTALL)
-    return includes, "namespace {\n" + "\n".join(defined).replace("__grid_constant__ ", "") + f"\n{host}"
+        host = re.sub(pattern, replacement, host, flags=re.DOTALL | re.MULTILINE)
+    assert host.count(") {} }") == source(text, "CUDA").count("\n__global__")
+    return [i for i in re.findall(r"#include <.*>", includes) if "cuda" not in i], f"namespace {host}"
 
 
 def library_of(files: Sequence[Written], folder: Path) -> Path:
@@ -232,11 +277,11 @@ def library_of(files: Sequence[Written], folder: Path) -> Path:
         pytest.skip("needs a C++ compiler and the headers of the CUDA runtime")
     parts = [host_code(file.text) for file in files]
     includes = dict.fromkeys(i for found, _ in parts for i in found)
-    body = "\n".join(f"namespace file{i} {{\n{code}\n}}" for i, (_, code) in enumerate(parts))
-    source, library = folder / "host.cpp", folder / "host.so"
-    source.write_text("\n".join(includes) + _STUBS + body)
+    body = "\n".join(code for _, code in parts)
+    path, library = folder / "host.cpp", folder / "host.so"
+    path.write_text("\n".join(includes) + _STUBS + body)
     paths = [*include_paths(), str(Path(next(iter(cuda.submodule_search_locations))) / "include")]
-    command = [compiler, "-std=c++20", "-w", "-fPIC", "-shared", *(f"-I{p}" for p in paths), str(source)]
+    command = [compiler, "-std=c++20", "-w", "-fPIC", "-shared", *(f"-I{p}" for p in paths), str(path)]
     command += [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-lc10", "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]

@@ -43,7 +43,7 @@ def test_python_3_8_syntax(file: Written) -> None:
 
 
 def test_statements_are_kept(file: Written) -> None:
-    """Every statement of the file is there, in order, but for what `forward` computes; four are new."""
+    """Every statement of the file is there, in order, but for what `forward` computes; five are new."""
     kept = [_dump(n) for n in _without_forward(ast.parse(file.original.replace("Model", "ModelNew"))).body]
     new = list(_without_forward(ast.parse(file.text.replace("ModelNewNew", "ModelNew"))).body)
     remaining = iter(new)
@@ -57,8 +57,9 @@ def test_statements_are_kept(file: Written) -> None:
             pytest.fail(f"lost or moved: {wanted[:200]}")
     added += remaining
     statements = [ast.unparse(n).split("\n")[0] for n in added]
-    assert set(statements[:-2]) <= ADDED
-    assert statements[-2].startswith("CUDA_SOURCE = ") and statements[-1] == "if torch.cuda.is_available():"
+    assert set(statements[:-3]) <= ADDED
+    assert [s.split(" = ")[0] for s in statements[-3:-1]] == ["CUDA_SOURCE", "CPP_SOURCE"]
+    assert statements[-1] == "if torch.cuda.is_available():"
 
 
 def _without_forward(tree: ast.Module) -> ast.Module:
@@ -233,6 +234,32 @@ def test_constants_of_modules_whose_names_are_no_names(tmp_path: Path) -> None:
         instance.model(*instance.inputs)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "nn.ModuleDict({'1': nn.LeakyReLU(0.2), '0': nn.Linear(20, 20)})",
+        "nn.Sequential(collections.OrderedDict([('1', nn.LeakyReLU(0.2)), ('0', nn.Linear(20, 20))]))",
+        "nn.ModuleDict({'else': nn.Sequential(nn.Linear(20, 20), nn.LeakyReLU(0.2))})",
+    ],
+)
+def test_modules_whose_names_are_digits_or_keywords(parts: str, tmp_path: Path) -> None:
+    """Digits are the places of a list's modules, but the keys of a dictionary's."""
+    body = f"""
+    def __init__(self):
+        super().__init__()
+        self.parts = {parts}
+
+    def forward(self, x):
+        for name in self.parts._modules:
+            x = self.parts._modules[name](x)
+        return x
+"""
+    file = written("import collections\n" + model(body))
+    ours, theirs = loaded(file.text, tmp_path).instantiate(device="cpu"), file.file.instantiate(device="cpu")
+    with torch.no_grad(), operators(file):
+        torch.testing.assert_close(ours.model(*ours.inputs).float(), theirs.model(*theirs.inputs))
+
+
 @pytest.mark.parametrize("line", ["import torch, torch.nn as nn", "import torch as torch, torch.nn as nn"])
 def test_torch_is_imported_once(line: str) -> None:
     text = varied("no parameters").original.replace("import torch\nimport torch.nn as nn\n", f"{line}\n")
@@ -306,6 +333,20 @@ def test_a_decorator_that_changes_forward_is_refused() -> None:
         written(model(body, before=twice))
 
 
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_that_a_tensor_gives_are_refused() -> None:
+    body = """
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(0.2))
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope.item())
+"""
+    with pytest.raises(CannotCapture, match=r"as \.item\(\) .*run the model in process"):
+        written(model(body))
+
+
 def test_a_result_keeps_its_gradient() -> None:
     """A result without a gradient comes first: the second one's gradient is the second that backward is given."""
     file = varied("indices first")
@@ -357,7 +398,8 @@ def test_float32_by_halves() -> None:
     assert [f.count("// encode ") for f in functions] == [1, 1, 1]
     assert "// encode x, encode weight" in functions[1] and "// encode t1" in functions[2]
     assert "pointer<__half>(saved), CU_TENSOR_MAP_DATA_TYPE_FLOAT16" in functions[2]
-    assert text.count("split_f16x2_f16x2(const float*") == 1  # inference and training launch the same kernel
+    kernels = re.findall(r"^\s*split_f16x2_f16x2\(const float\*", text, re.MULTILINE)
+    assert len(kernels) == 1  # inference and training launch the same
 
 
 def test_other_chips_have_kernels_that_run_everywhere() -> None:

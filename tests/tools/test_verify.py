@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,19 @@ def test_report() -> None:
     assert "WRONG" in text
     assert "no kernel for this chip" in text
     assert "not checked" in text
+
+
+@pytest.mark.parametrize(("layer", "mode"), [(lambda: nn.BatchNorm1d(8), "training"), (nn.Dropout, "evaluation")])
+def test_the_mode_is_said(layer: Callable[[], nn.Module], mode: str) -> None:
+    """Most checks run in one mode: in training, unless eager is random in it."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), layer())
+
+    report = verify(*(Subject(name, build, lambda: [torch.rand(6, 8)]) for name in ("Model", "ModelNew")))
+    console = Console(record=True, width=160)
+    console.print(render(report))
+    assert report.passed and report.mode == mode and f"in {mode} mode" in console.export_text()
 
 
 @pytest.mark.gpu

@@ -12,14 +12,16 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import default_partition
 
 from fusewright import compiler
 from fusewright.capture.arguments import bringing
 from fusewright.capture.direct import Direct
 from fusewright.capture.fx import RESULTS, from_fx
 from fusewright.capture.joint import partition_joint
+from fusewright.capture.metadata import reads_numbers
 from fusewright.chip import DEFAULT_ARCH, chip_for
-from fusewright.errors import FrozenGradients, MixedDevices
+from fusewright.errors import CannotReplay, FrozenGradients, MixedDevices
 from fusewright.fusion.plan import FusionPlan
 from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.choose import capabilities
@@ -41,6 +43,8 @@ _FROZEN = (
     "freeze keeps what is made of the parameters from one call to the next, so the call cannot have gradients: "
     "call the model under torch.no_grad(), or compile it without freeze to train it"
 )
+
+_READS = "a graph computes with a number or a size that a tensor's values give, as .item() and nonzero() do, {}"
 
 
 def fusewright(
@@ -75,9 +79,19 @@ def fusewright(
     def split_joint(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         if settings.freeze:
             raise FrozenGradients(_FROZEN)
+        if reads_numbers(joint):
+            return default_partition(joint, inputs, **options)
         return partition_joint(joint, inputs, capabilities=products, **options)
 
     def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if reads_numbers(graph):
+            if settings.cuda_graphs:
+                raise CannotReplay(
+                    _READS.format("which a CUDA graph cannot hold: take that out, or leave cuda_graphs off")
+                )
+            _announce(_READS.format("so it runs as ATen's operators"))
+            donate_nothing()
+            return cast("Callable[..., Any]", make_boxed_func(graph.forward))
         # What a joint graph's products read was decided before it was split.
         chosen = None if RESULTS in graph.meta or is_backward(graph) else products
         kept = stationary(graph) if settings.freeze else ()

@@ -7,7 +7,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod
 
 from fusewright.ir.graph import TensorType
@@ -23,6 +24,13 @@ def size_of(value: Any) -> Size:
             return int(expression)
         return expression.xreplace({s: _with_value(s, environment) for s in expression.free_symbols})
     return value
+
+
+def reads_numbers(module: fx.GraphModule) -> bool:
+    """Whether a graph has numbers or sizes that a tensor's values give, as `.item()` or `nonzero` do: kernels have none
+    of them, as those that they are launched with follow from the sizes of a call's arguments."""
+    values = [node.meta.get("val") for node in module.graph.nodes]
+    return any(free_unbacked_symbols(v) for v in values if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)))
 
 
 def as_torch_has_it(size: Size) -> Size:

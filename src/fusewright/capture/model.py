@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from keyword import iskeyword
 from types import FunctionType
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from fusewright.capture.backend import decompositions
 from fusewright.capture.fx import from_fx
 from fusewright.capture.interrupts import postponed
 from fusewright.capture.joint import partition_joint
-from fusewright.capture.metadata import size_of
+from fusewright.capture.metadata import reads_numbers, size_of
 from fusewright.errors import CannotCapture
 from fusewright.ir.graph import Graph, Output
 from fusewright.passes.format import Capabilities
@@ -73,8 +74,9 @@ class CapturedModel:
 class _Recorder:
     """A Dynamo backend that keeps graphs and runs nothing."""
 
-    def __init__(self, capabilities: Capabilities | None, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, capabilities: Capabilities | None, names: Sequence[str]) -> None:
         """names: as `_decorated` gives them."""
+        self.model = model
         self.capabilities = capabilities
         self.names = names
         self.arguments: list[str | None] = []
@@ -85,7 +87,7 @@ class _Recorder:
         self.returned: list[Any] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        self.arguments = [_expression(p, self.names) for p in module.graph.find_nodes(op="placeholder")]
+        self.arguments = [_expression(p, self.model, self.names) for p in module.graph.find_nodes(op="placeholder")]
         symbolic = {size_of(i): int(i.node.hint) for i in inputs if isinstance(i, torch.SymInt)}
         self.sizes = {s: value for s, value in symbolic.items() if isinstance(s, sympy.Symbol)}
         compiled: Callable[..., Any] = aot_autograd(
@@ -96,7 +98,15 @@ class _Recorder:
         )(module, inputs)
         return compiled
 
+    def check(self, module: fx.GraphModule) -> None:
+        if reads_numbers(module):
+            raise CannotCapture(
+                "the model computes with a number or a size that a tensor's values give, as .item() and nonzero() do; "
+                'take that out, or run the model in process: torch.compile(model, backend="fusewright")'
+            )
+
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        self.check(joint)
         forward, backward = partition_joint(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, capabilities=self.capabilities, **options
         )
@@ -105,6 +115,7 @@ class _Recorder:
         return forward, backward
 
     def record(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.check(module)
         self.graph = from_fx(module)
         values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in module.graph.output_node().args[0]]  # type: ignore[union-attr]
 
@@ -232,7 +243,7 @@ def _record(
     model: nn.Module, inputs: Sequence[Any], capabilities: Capabilities | None, *, grad: bool
 ) -> tuple[_Recorder, Any]:
     _check_decorators(type(model).forward)
-    recorder = _Recorder(capabilities, _decorated(type(model), len(inputs)))
+    recorder = _Recorder(model, capabilities, _decorated(type(model), len(inputs)))
     torch._dynamo.reset()
     _mark_batch(inputs)
     required = [(p, p.requires_grad) for p in model.parameters()]
@@ -361,7 +372,15 @@ def _decorated(model: type[nn.Module], count: int) -> list[str]:
     return [*names, *(f"{rest[0]}[{i}]" for i in range(count + 1 - len(names)))]
 
 
-def _expression(placeholder: fx.Node, names: Sequence[str]) -> str | None:
+def member(parent: nn.Module | None, name: str) -> str:
+    """How a module's child is reached: as an item of a list, by its name, or by one that is none of Python's."""
+    items = getattr(type(parent), "__getitem__", None) in (nn.ModuleList.__getitem__, nn.Sequential.__getitem__)
+    if parent is not None and items and name.isdecimal() and [*parent._modules][int(name) :][:1] == [name]:
+        return f"[{name}]"
+    return f".{name}" if name.isidentifier() and not iskeyword(name) else f"._modules[{name!r}]"
+
+
+def _expression(placeholder: fx.Node, model: nn.Module, names: Sequence[str]) -> str | None:
     """Dynamo's name for where an input comes from, as the Python that `forward` would write.
 
     names: as `_decorated` gives them. There Dynamo sees the decorator's: the model is its `fn`, all else in its `args`.
@@ -374,8 +393,19 @@ def _expression(placeholder: fx.Node, names: Sequence[str]) -> str | None:
     if names:
         name = re.sub(r"^fn\b", names[0], name)
         name = re.sub(r"^args\[(\d+)\]", lambda place: names[1 + int(place[1])], name)
-    name = re.sub(r"\._(?:modules|parameters|buffers)\['([A-Za-z_]\w*)'\]", r".\1", name)
-    return re.sub(r"\._modules\['(\d+)'\]", r"[\1]", name)
+    this = next(iter(inspect.signature(undecorated(type(model).forward)).parameters), "")
+    parts = re.match(r"(\w*)((?:\._modules\['[^']*'\])*)(.*)", name, re.DOTALL)
+    assert parts  # whatever the name is
+    start, path, rest = parts.groups()
+    module: nn.Module | None = model if start == this else None
+    for child in re.findall(r"\['([^']*)'\]", path):
+        start += member(module, child)
+        module = None if module is None else module._modules.get(child)
+    return start + re.sub(r"\._(?:modules|parameters|buffers)\['([A-Za-z_]\w*)'\]", _attribute, rest)
+
+
+def _attribute(item: re.Match[str]) -> str:
+    return item[0] if iskeyword(item[1]) else f".{item[1]}"
 
 
 def _detached(inputs: Sequence[Any], requires_grad: bool) -> list[Any]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fusewright import __version__
 from fusewright.cli import machine, models
+from fusewright.cli.options import flag
 from fusewright.errors import FusewrightError
 
 
@@ -38,7 +39,7 @@ cache = typer.Typer(no_args_is_help=True, help="What fusewright keeps on disk: c
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def root(version: Annotated[bool, flag("--version", help="Print the version and stop.")] = False) -> None:
     """Turns a PyTorch model into fused CUDA kernels that its owner can read, check and keep."""
     if version:
         typer.echo(f"fusewright {__version__}")

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fusewright.cli.options import Arch, Json
+from fusewright.cli.options import Arch, Json, flag
 from fusewright.cli.output import Output
 from fusewright.errors import NotConfirmed, UnknownSetting
 
@@ -66,7 +66,7 @@ def cache_tuned(json_: Json = None) -> None:
 
 def cache_clear(
     kind: Kind = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, flag("--yes", "-y", help="Do not ask.")] = False,
     json_: Json = None,
 ) -> None:
     """Remove what the cache holds. Programs that use it now go on, and compile again what they need."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusewright.cli import options
-from fusewright.cli.options import Arch, Dtype, File, Json, Library, Reference, Schedules, Set
+from fusewright.cli.options import Arch, Dtype, File, Json, Library, Reference, Schedules, Set, flag
 from fusewright.cli.output import Output
 from fusewright.errors import WrongResult
 
@@ -23,7 +23,7 @@ def optimize(
     set_: Set = None,
     allow_library: Library = False,
     schedules: Schedules = 1,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the file without checking it.")] = False,
+    no_verify: Annotated[bool, flag("--no-verify", help="Write the file without checking it.")] = False,
     json_: Json = None,
 ) -> None:
     """Write a new model file whose class runs fused kernels, after checking it."""
@@ -45,9 +45,7 @@ def explain(
     arch: Arch = None,
     dtype: Dtype = None,
     set_: Set = None,
-    allow_library: Annotated[
-        bool, typer.Option("--allow-library", help="As `optimize --allow-library` would.")
-    ] = False,
+    allow_library: Annotated[bool, flag("--allow-library", help="As `optimize --allow-library` would.")] = False,
     json_: Json = None,
 ) -> None:
     """Show operators before, kernels after, what is saved, what is not fused and why, and the floor."""
@@ -69,9 +67,7 @@ def report(
     arch: Arch = None,
     dtype: Dtype = None,
     set_: Set = None,
-    allow_library: Annotated[
-        bool, typer.Option("--allow-library", help="As `optimize --allow-library` would.")
-    ] = False,
+    allow_library: Annotated[bool, flag("--allow-library", help="As `optimize --allow-library` would.")] = False,
     measured: Annotated[
         list[Path] | None,
         typer.Option(
@@ -124,7 +120,7 @@ def bench(
     dtype: Dtype = None,
     set_: Set = None,
     allow_tf32: Annotated[
-        bool, typer.Option("--allow-tf32", help="Let products of float32 use TF32, in the baselines too.")
+        bool, flag("--allow-tf32", help="Let products of float32 use TF32, in the baselines too.")
     ] = False,
     mode: Annotated[
         list[str] | None,
@@ -136,13 +132,13 @@ def bench(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out torch.compile's max-autotune, which takes minutes.")
+        bool, flag("--quick", help="Leave out torch.compile's max-autotune, which takes minutes.")
     ] = False,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Let torch.compile and fusewright replay CUDA graphs.")
+        bool, flag("--cuda-graphs", help="Let torch.compile and fusewright replay CUDA graphs.")
     ] = False,
     first_call: Annotated[
-        bool, typer.Option("--first-call", help="Time the first call too, with empty and with warm caches.")
+        bool, flag("--first-call", help="Time the first call too, with empty and with warm caches.")
     ] = False,
     trials: Annotated[int, typer.Option(min=50, help="How many trials a median is of.")] = 50,
     plot: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def flag(*names: str, help: str) -> Any:
+    """An option without a value; some versions of typer would show `<bool>` for one."""
+    return typer.Option(*names, metavar="", help=help)
 
 
 def _archs() -> list[str]:
@@ -60,7 +65,7 @@ Schedules = Annotated[
     int, typer.Option(min=1, help="Where kernels are simulated: how many orders of their threads to try.")
 ]
 Library = Annotated[
-    bool, typer.Option("--allow-library", help="Let torch's own library compute products and missing operators.")
+    bool, flag("--allow-library", help="Let torch's own library compute products and missing operators.")
 ]
 Json = Annotated[
     Path | None,

@@ -77,13 +77,16 @@ def braces(sizes: Sequence[Size]) -> str:
 class Kernels:
     """The kernels of a file, each once and in a namespace of its own, by the function that is first to launch it.
 
-    headers: the `.cuh` files that they need; includes: the system headers.
+    declarations: of the kernels, as the host's compiler takes them. headers: the `.cuh` files that they need;
+    includes: the system headers; operators: the headers of ATen's operators that the functions call.
     """
 
     names: dict[tuple[str, str], str] = field(default_factory=dict)  # by kernel and source
     texts: dict[str, list[str]] = field(default_factory=dict)  # by function
+    declarations: list[str] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
     includes: list[str] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
 
     def name(self, launch: LaunchSpec, function: str) -> str:
         """The kernel's name with its namespace."""
@@ -94,8 +97,10 @@ class Kernels:
             taken = {name.split("::")[0] for name in self.names.values()}
             namespace = next(n for n in names if n not in taken)
             self.names[key] = f"{namespace}::{launch.kernel}"
-            text = f"namespace {namespace} {{\n\n{self.kernel(launch)}\n\n}}  // namespace {namespace}"
+            kernel = self.kernel(launch)
+            text = f"namespace {namespace} {{\n\n{kernel}\n\n}}  // namespace {namespace}"
             self.texts.setdefault(function, []).append(text)
+            self.declarations.append(declaration(namespace, launch.kernel, kernel))
         return self.names[key]
 
     def kernel(self, launch: LaunchSpec) -> str:
@@ -108,6 +113,15 @@ class Kernels:
             else:
                 lines.append(line.removeprefix('extern "C" '))
         return "\n".join(lines).strip()
+
+
+def declaration(namespace: str, name: str, kernel: str) -> str:
+    """Of a kernel. On the host its name is that of the function which nvcc writes for it, and the runtime launches."""
+    head = re.search(rf"__global__ void(?: __launch_bounds__\([^)]*\))?\s+{name}\((.*?)\) \{{", kernel, re.DOTALL)
+    assert head, f"{name} is not defined in its source"
+    plain = re.sub(r"\s+", " ", re.sub(r" __restrict__|const __grid_constant__ ", "", head[1]))
+    parameters = [p.strip() for p in plain.split(",")]
+    return "\n".join(call(f"namespace {namespace} {{ void {name}", parameters, "; }"))
 
 
 @dataclass
@@ -182,7 +196,7 @@ class HostPrinter:
 
     def library(self, call: LibraryCall) -> str:
         a, b = self.view(call.a), self.view(call.b)
-        self.kernels.includes.append("ATen/ops/mm.h" if call.bias is None else "ATen/ops/addmm.h")
+        self.kernels.operators.append("ATen/ops/mm.h" if call.bias is None else "ATen/ops/addmm.h")
         if call.bias is not None:
             return f"at::addmm_out({call.result}, {self.view(call.bias)}, {a}, {b});"
         return f"at::mm_out({call.result}, {a}, {b});"
@@ -219,7 +233,7 @@ class HostPrinter:
         inputs = [self.view(i) if isinstance(i, View) else cxx(i) if i is not None else "" for i in step.inputs]
         node = step.node
         if node.op == "sum":
-            self.kernels.includes.append("ATen/ops/sum.h")
+            self.kernels.operators.append("ATen/ops/sum.h")
             return [f"{step.results[0]} = at::sum({inputs[0]}, at::IntArrayRef{braces(node.attribute('dims'))});"]
         if node.op != "aten":
             raise NoKernel(f"{step.name} has no kernel ({step.reason}) and cannot be written as a library call")
@@ -228,7 +242,7 @@ class HostPrinter:
         given |= dict(node.attribute("kwargs"))
         arguments = [at_argument(a, given.get(a.name, a.default_value), inputs) for a in schema.arguments]
         name = schema.name.split("::")[1] + (f"_{schema.overload_name}" if schema.overload_name else "")
-        self.kernels.includes.append(f"ATen/ops/{schema.name.split('::')[1]}_ops.h")
+        self.kernels.operators.append(f"ATen/ops/{schema.name.split('::')[1]}_ops.h")
         call = f"at::_ops::{name}::call({', '.join(arguments)})"
         if len(schema.returns) == 1:
             return [f"{step.results[0]} = {call};"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusewright import __version__
-from fusewright.capture.model import CapturedModel, OutputIndex, undecorated
+from fusewright.capture.model import CapturedModel, OutputIndex, member, undecorated
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
 from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
@@ -98,14 +98,14 @@ def _file(
     kernels = Kernels()
     every = (*planned, *added)
     functions = [HostPrinter(_function(p), p.plan, p.programs, kernels, p.name == "backward").print() for p in every]
-    cuda = f"{_cuda_source(kernels, functions, every, captured)}\n\n{_registration(every)}"
-    digest = hashlib.sha256(cuda.encode()).hexdigest()[:12]
+    sources = {"cuda": _cuda_source(kernels), "host": _host_source(kernels, functions, every, captured)}
+    digest = hashlib.sha256("\n".join(sources.values()).encode()).hexdigest()[:12]
     space = f"fusewright_{re.sub(r'[^0-9A-Za-z_]', '_', file.path.stem)}_{digest}"
     generated = _GENERATED.format(
         version=__version__,
         name=file.path.name,
         made_for=made_for,
-        cuda=cuda.replace("FUSEWRIGHT_NAMESPACE", space),
+        **{name: text.replace("FUSEWRIGHT_NAMESPACE", space) for name, text in sources.items()},
         space=space,
         imports=_imports(source.before),
         **_build(planned, chip),
@@ -127,16 +127,22 @@ def _imports(before: str) -> str:
 
 
 _GENERATED = '''{imports}# Written by fusewright {version} from {name} for {made_for}:
-# the kernels that ModelNew runs, and the code that launches them.
+# the kernels that ModelNew runs, and below them the code that launches them.
 CUDA_SOURCE = r"""
 {cuda}
+"""
+
+# Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
+CPP_SOURCE = r"""
+{host}
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
 {right_chip}    load_inline(
         name="{space}",
-        cpp_sources="",
+        cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
+        extra_cflags=["-O2"],
         extra_cuda_cflags=[
             "-O3",
             "--fmad=false",  # a product and a sum round apart, as in eager
@@ -144,6 +150,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 {chip_flags}        ],
         is_python_module=False,
+        no_implicit_headers=True,
     )
 '''
 
@@ -171,29 +178,51 @@ def _build(planned: Sequence[Planned], chip: Chip) -> dict[str, str]:
     }
 
 
+def _cuda_source(kernels: Kernels) -> str:
+    """What nvcc compiles: our headers, each once and after those that it includes, then the kernels.
+
+    All of it is in a namespace of this file's name, so that two written files can be loaded side by side.
+    """
+    headers, system = _headers(kernels.headers)
+    titled = [f"// ======== {_TITLES[f]}\n\n" + "\n\n".join(texts) for f, texts in kernels.texts.items()]
+    return _source(
+        [*kernels.includes, *system, "cstdint", "cstring"], [*headers, *titled, _text("emitted_overlap.hpp")]
+    )
+
+
 _INCLUDES = (
     *("ATen/core/Tensor.h", "ATen/ops/empty_strided.h"),
     *("c10/cuda/CUDAException.h", "c10/cuda/CUDAGuard.h", "c10/cuda/CUDAStream.h", "torch/library.h"),
-    *("cstdint", "cstring", "string", "vector"),
+    *("cuda_runtime.h", "algorithm", "cstdint", "string", "vector"),
 )
 
 
-def _cuda_source(
+def _host_source(
     kernels: Kernels, functions: Sequence[str], planned: Sequence[Planned], captured: CapturedModel
 ) -> str:
-    """Our headers, each once and after those that it includes, then the kernels, then the code that launches them.
+    """What the host's compiler does, in the same namespace: the kernels' declarations, and the code around them."""
+    parts, includes = _host_parts(functions, planned, captured)
+    declared = "\n".join([*kernels.declarations, "bool can_overlap();"])
+    if "TensorMap" in declared:
+        declared = f"namespace fusewright {{ {_TENSOR_MAP} }}\n{declared}"
+    inside = [
+        f"// ======== the kernels, which are in CUDA_SOURCE\n\n{declared}",
+        "namespace {",
+        *parts,
+        "}  // namespace",
+        _registration(planned),
+    ]
+    return _source([*_INCLUDES, *includes, *kernels.operators], inside)
 
-    All of it is in a namespace without a name, so that two written files can be loaded side by side.
-    """
-    headers, system = _headers(kernels.headers)
-    host, needed = _host_text(functions, planned, captured)
-    includes = dict.fromkeys(
-        (*_INCLUDES, *needed, *kernels.includes, *system, "cstdint", "cstring", "string", "vector")
-    )
-    titled = [f"// ======== {_TITLES[f]}\n\n" + "\n\n".join(texts) for f, texts in kernels.texts.items()]
-    inside = "\n\n".join([*headers, *titled, host])
-    lines = "\n".join(f"#include <{i}>" for i in includes)
-    return f"{lines}\n\nnamespace {{\n\n{inside}\n\n}}  // namespace"
+
+# As sm90_ptx.cuh has it.
+_TENSOR_MAP = "struct alignas(64) TensorMap { unsigned char opaque[128]; };"
+
+
+def _source(includes: Sequence[str], parts: Sequence[str]) -> str:
+    lines = "\n".join(f"#include <{i}>" for i in dict.fromkeys(includes))
+    inside = "\n\n".join(part.strip() for part in parts)
+    return f"{lines}\n\nnamespace FUSEWRIGHT_NAMESPACE {{\n\n{inside}\n\n}}  // namespace FUSEWRIGHT_NAMESPACE"
 
 
 _TITLES = {
@@ -233,19 +262,25 @@ def _headers(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(texts.values()), system
 
 
-def _host_text(functions: Sequence[str], planned: Sequence[Planned], captured: CapturedModel) -> tuple[str, list[str]]:
+def _host_parts(
+    functions: Sequence[str], planned: Sequence[Planned], captured: CapturedModel
+) -> tuple[list[str], list[str]]:
     """The code around the kernels; the headers that it needs beside those that all files do."""
     parts, includes = [_text("emitted_host.hpp")], []
     metas = [meta_function(_function(p), p.plan, conditional=p.name == "backward") for p in planned]
     calls = "\n".join(functions)
     if "= tensor_map(" in calls:
         parts.append(_text("emitted_tensor_map.hpp"))
-        includes += ["cuda.h", "cuda_runtime_api.h"]
+        includes.append("cuda.h")
+    includes += [header for type, header in _HALVES.items() if type in calls]
     parts += [*functions, *metas]
     if _trains(planned):
         parts += [_autograd(planned, captured), *(freeze.autograd(p.plan) for p in planned if p.name == "frozen")]
         includes.append("torch/csrc/autograd/custom_function.h")
-    return "\n\n".join(part.strip() for part in parts), includes
+    return parts, includes
+
+
+_HALVES = {"__half": "cuda_fp16.h", "__nv_bfloat16": "cuda_bf16.h"}
 
 
 def _trains(planned: Sequence[Planned]) -> bool:
@@ -403,18 +438,16 @@ def _plain(value: Any) -> bool:
     return type(value) in (bool, int, str) or (type(value) is float and not math.isnan(value))
 
 
-def _member(name: str) -> str:
-    """How a module's child is reached: of a ModuleList, by a name, or by one that is none of Python's."""
-    return f"[{name}]" if name.isdigit() else f".{name}" if name.isidentifier() else f"._modules[{name!r}]"
-
-
 def _constants(model: nn.Module) -> dict[str, Any]:
     """Plain values in the modules' attributes: kernels hold them as constants, so they must not change unnoticed."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):  # the shapes of its parameters are checked
             continue
-        prefix = "".join(map(_member, filter(None, path.split("."))))
+        prefix, parent = "", model
+        for name in filter(None, path.split(".")):
+            prefix += member(parent, name)
+            parent = parent.get_submodule(name)
         for name, value in vars(module).items():
             if name.startswith("_") or name in ("training", "inplace"):
                 continue

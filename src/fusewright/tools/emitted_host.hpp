@@ -41,18 +41,6 @@ at::Tensor ready(const at::Tensor& t, at::IntArrayRef strides) {
 
 template <class T> T* pointer(const at::Tensor& t, int64_t offset = 0) { return static_cast<T*>(t.data_ptr()) + offset; }
 
-// Whether a launch may begin while the one before it still ends: whether all kernels here are compiled for chips that can,
-// and so wait. What they were compiled for counts, not the chip, which may run code for an older one.
-constexpr bool can_overlap() {
-#if defined(__CUDA_ARCH_LIST__)
-    for (int arch : {__CUDA_ARCH_LIST__})
-        if (arch < 900) return false;
-    return true;
-#else
-    return false;
-#endif
-}
-
 // early: the kernel waits for the launch before it itself (launch_before_wait).
 struct Shape {
     int64_t x, y, z;  // blocks
@@ -63,10 +51,11 @@ struct Shape {
 
 // On the current stream; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {
     if (shape.x == 0 || shape.y == 0 || shape.z == 0) return;
     if (shape.shared_bytes > 48 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+        C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
     cudaLaunchAttribute attributes[2];
     int count = 0;
     if (shape.early && can_overlap()) {

@@ -16,6 +16,7 @@ template <class T, size_t rank>
 fusewright::TensorMap tensor_map(T* start, CUtensorMapDataType type, const int64_t (&extents)[rank],
                                  const int64_t (&strides)[rank - 1], const uint32_t (&box)[rank],
                                  CUtensorMapSwizzle swizzle) {
+    static_assert(sizeof(fusewright::TensorMap) == sizeof(CUtensorMap));
     static const auto encode = tensor_map_encoder();
     fusewright::TensorMap map{};
     cuuint64_t dims[rank], bytes[rank];

@@ -64,7 +64,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one verification. not_checked: what this machine or the reference does not allow, and why."""
+    """All checks of one verification. not_checked: what this machine or the reference does not allow, and why.
+
+    mode: training or evaluation, in which all checks but that of the other mode ran; empty where none of them did.
+    """
 
     reference: str
     candidate: str
@@ -72,6 +75,7 @@ class Report:
     dtype: str
     checks: tuple[Check, ...]
     not_checked: tuple[str, ...] = ()
+    mode: str = ""
 
     @property
     def passed(self) -> bool:
@@ -135,6 +139,7 @@ def verify(
     found = [initialisation]
     with _many_recompilations():
         _prepare(trial)
+        report = replace(report, mode="training" if trial.training else "evaluation")
         found.append(_same_arguments(reference, candidate))
         for number, spec in enumerate(SPECS, 1):
             notify(spec.name, number, total)
@@ -310,7 +315,9 @@ def _many_recompilations() -> Iterator[None]:
 def render(report: Report) -> Group:
     """The report for a terminal: one row per check, then long details, such as a compiler's log, and what could not be
     checked."""
-    table = Table(title=Text(f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}"))
+    mode = f", in {report.mode} mode" if report.mode else ""
+    title = f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}{mode}"
+    table = Table(title=Text(title))
     table.add_column("check")
     table.add_column("")
     table.add_column("error / eager's", justify="right")
