@@ -11,7 +11,7 @@ CUDA_SOURCE = r"""
 #include <cstring>
 #include <cuda_bf16.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_376448263fd5 {
+namespace fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3 {
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -512,6 +512,19 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint64_t* barrier, uint32_t p
     return done;
 }
 
+// Stores 16 bytes to this address in block `rank` of the cluster, and counts them at the barrier that lies at this address
+// there, as bulk copies are counted. Not by their proxy.
+__device__ __forceinline__ void store_async(void* destination, uint64_t* barrier, uint32_t rank, float4 values) {
+    asm volatile(
+        "{\n\t.reg .b32 to, at;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+        "mapa.shared::cluster.u32 at, %1, %2;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [at];\n\t}" ::"r"(
+            shared_address(destination)),
+        "r"(shared_address(barrier)), "r"(rank), "f"(values.x), "f"(values.y), "f"(values.z), "f"(values.w)
+        : "memory");
+}
+
 // ---- Bulk tensor copies (TMA) ---------------------------------------------------------------------------------------
 
 // Makes this thread's writes to shared memory (and those that it knows of through barriers) visible to bulk copies and
@@ -632,8 +645,11 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&val
 
 template <class Element> constexpr const bool kIsBfloat16 = false;
 template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
+template <class Element> constexpr const bool kIsFloat = false;
+template <> constexpr const bool kIsFloat<float> = true;
 
-// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × 16) · B (16 × kColumns), asynchronously.
+// d (64 × kColumns, a warpgroup's) = (accumulate ? d : 0) + A (64 × k) · B (k × kColumns), asynchronously; k is 16, or 8 of
+// floats, which count as TF32: their lower 13 bits do not, and both matrices are K-major.
 // Thread t holds, as d[i], row t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column i / 4 * 8 + t % 4 * 2 + i % 2.
 #define FUSEWRIGHT_PRODUCT(TYPE, COLUMNS, SUMS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B)                                  \
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
@@ -641,10 +657,18 @@ template <> constexpr const bool kIsBfloat16<__nv_bfloat16> = true;
                  "}, %" #A ", %" #B ", p, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n\t}"                                  \
                  : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA == Major::MN), "n"(kMajorB == Major::MN))
+#define FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, A, B, ACCUMULATE, ...)                                                \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n\t"                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k8.f32.tf32.tf32 {" FUSEWRIGHT_NAMES_##SUMS           \
+                 "}, %" #A ", %" #B ", p, 1, 1;\n\t}"                                                                \
+                 : FUSEWRIGHT_SUMS_##SUMS(d)                                                                         \
+                 : "l"(a), "l"(b), "r"(int(accumulate)))
 #define FUSEWRIGHT_WGMMA(COLUMNS, SUMS, ...)                                                                \
     template <class Element, Major kMajorA, Major kMajorB>                                                  \
     __device__ __forceinline__ void wgmma(float (&d)[SUMS], uint64_t a, uint64_t b, bool accumulate) {      \
-        if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);         \
+        static_assert(!kIsFloat<Element> || (kMajorA == Major::K && kMajorB == Major::K));                  \
+        if constexpr (kIsFloat<Element>) FUSEWRIGHT_TF32_PRODUCT(COLUMNS, SUMS, __VA_ARGS__);            \
+        else if constexpr (kIsBfloat16<Element>) FUSEWRIGHT_PRODUCT("bf16", COLUMNS, SUMS, __VA_ARGS__);    \
         else FUSEWRIGHT_PRODUCT("f16", COLUMNS, SUMS, __VA_ARGS__);                                         \
     }
 FUSEWRIGHT_WGMMA(64, 32, 32, 33, 34, 35, 36)
@@ -655,6 +679,7 @@ FUSEWRIGHT_WGMMA(192, 96, 96, 97, 98, 99, 100)
 FUSEWRIGHT_WGMMA(224, 112, 112, 113, 114, 115, 116)
 FUSEWRIGHT_WGMMA(256, 128, 128, 129, 130, 131, 132)
 #undef FUSEWRIGHT_PRODUCT
+#undef FUSEWRIGHT_TF32_PRODUCT
 #undef FUSEWRIGHT_WGMMA
 
 // The same with A (fp16) in registers. Register a[i] of thread t holds row t / 32 * 16 + t % 32 / 4 + i % 2 * 8,
@@ -832,13 +857,16 @@ template <int kBlocksM, int kSums> struct LostBits {
 //
 // A persistent, warp-specialised pipeline. In each block one thread (the producer) copies tiles of A and B to a ring of
 // shared-memory stages through TMA; two warpgroups (the consumers) multiply them and hand their sums to the epilogue
-// while the producer already loads the next tile. Blocks of a cluster lie below each other: they want the same tile of
-// B, so each copies a part of it and multicasts that to all.
+// while the producer already loads the next tile. Blocks of a cluster may lie below each other: they want the same tile
+// of B, so each copies a part of it and multicasts that to all. And they may share K (split-K), where there are too few
+// tiles for the chip: each sums a part of K, then all exchange their sums through a stage of the ring, and each finishes
+// some of the columns.
 //
 // The consumers either cooperate, each on half of a tile's rows, or play ping-pong: each computes every other tile of
 // the block alone, so that one's epilogue runs beside the other's products.
 //
-// Operands are 16-bit. Three products of float32 halves, x·2^s = hi + lo·2^-11 (split_f16.cuh), give float32's accuracy:
+// Operands are 16-bit, or floats that copies round to TF32. Three products of float32 halves, x·2^s = hi + lo·2^-11
+// (split_f16.cuh), give float32's accuracy:
 //     A·B·2^s = hi·hi + 2^-11 (hi·lo + lo·hi)
 // Tensor cores round sums toward zero, so hi·hi is summed in short chains that are promoted: added, rounded to nearest,
 // to the main sum. The corrections are 2^-11 as large and chain in an accumulator of their own.
@@ -846,12 +874,13 @@ template <int kBlocksM, int kSums> struct LostBits {
 namespace fusewright {
 
 // Config, a struct of named constants:
-//   Element        __half or __nv_bfloat16
+//   Element        __half or __nv_bfloat16; or float, of which products take TF32, K-major both
 //   kProducts      1, or 3: operands are pairs of planes [hi, lo]
 //   kTileM, kTileN the tile of one block: 128 or 256 rows, 64 to 256 columns in steps of 32, as far as registers go
 //   kPingPong      the consumers take turns, or else cooperate (turns: one product; 64 rows too)
 //   kStages        of the ring
-//   kCluster       1 or 2 blocks
+//   kCluster       1 or 2 blocks that share a tile of B
+//   kSplitK        1 to 4 blocks that share a tile's K; the cluster has kCluster · kSplitK
 //   kMajorA, kMajorB
 //   kPromote       k summed by the tensor cores before promotion (three products): 16, 32 or 64
 //   kGroup         clusters whose tiles lie below each other before the order goes on to the next columns (L2 reuse)
@@ -861,7 +890,8 @@ namespace fusewright {
 template <class Config> struct GemmSm90 {
     using Element = typename Config::Element;
     static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
-    static constexpr int kCluster = Config::kCluster, kVector = Config::kVector;
+    static constexpr int kCluster = Config::kCluster, kSplitK = Config::kSplitK, kBlocks = kCluster * kSplitK;
+    static constexpr int kVector = Config::kVector;
     static constexpr Major kMajorA = Config::kMajorA, kMajorB = Config::kMajorB;
     static constexpr bool kThreeProducts = Config::kProducts == 3, kScaled = Config::kScaled;
     static constexpr bool kPingPong = Config::kPingPong, kWhole = Config::kWhole;
@@ -871,8 +901,9 @@ template <class Config> struct GemmSm90 {
     static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 that each thread starts with
 
     // A panel is what one TMA box holds, whatever the layout and the tile: 64 rows of 128 bytes, that is 64 m or n by 64 k
-    // either way round. So a tensor needs one map for all the products that it takes part in.
-    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = 64, kStep = 16;
+    // either way round (of floats by 32). So a tensor needs one map for all the products that it takes part in.
+    static constexpr int kPanel = 64, kPanelBytes = kPanel * 128, kTileK = kIsFloat<Element> ? 32 : 64;
+    static constexpr int kStep = kTileK / 4;
     // Of a K-major B narrower panels where whole ones do not make up a block's share; of one that is MN-major the last
     // panel is copied whole.
     static constexpr int kShareB = kTileN / kCluster, kDividesShare = kShareB & -kShareB;
@@ -885,18 +916,32 @@ template <class Config> struct GemmSm90 {
     static constexpr int kSlabColumns = 8 * kVector, kSlabBytes = 16 * kSlabColumns * 4;
 
     static constexpr int kBlocksM = kPanelsA / kSharing, kSums = kTileN / 2;  // 64-row blocks a warpgroup; sums of each
-    static_assert(kPanelsB % kCluster == 0 && kTileN % kSlabColumns == 0);
+    // What a block finishes of its tile.
+    static constexpr int kPartN = kTileN / kSplitK, kPartSums = kSums / kSplitK;
+    static_assert(kPanelsB % kCluster == 0 && kTileN % kSplitK == 0 && kPartN % kSlabColumns == 0);
     static_assert(kBlocksM * kSums * (kThreeProducts ? 3 : 1) <= 192, "more sums than registers");
     static_assert(!kThreeProducts || (kBlocksM == 1 && !kPingPong));
+    static_assert(kSplitK == 1 || !kPingPong);
 
     struct Operands {
         const TensorMap &a, &b;
         int64_t M, N, K;
         SplitOperand split_a, split_b;  // where kScaled
-        uint8_t* lost = nullptr;        // if given, 8 flags a tile: whether a warp lost bits (see LostBits)
+        uint8_t* lost = nullptr;  // if given, 8 flags for each kPartN columns of a tile: whether a warp lost bits (LostBits)
 
-        __device__ int k_tiles() const { return int((K + kTileK - 1) / kTileK); }
+        // Of each block: as many for all, so that their rings go round alike; beyond K copies are zeros. And a round of the
+        // ring at least, so that a producer waits for this tile's exchange before it makes room for the next one's.
+        __device__ int k_tiles() const {
+            const int share = int((K + kTileK * kSplitK - 1) / (kTileK * kSplitK));
+            return kSplitK > 1 ? max(share, kStages - 1) : share;
+        }
     };
+
+    // Place in the cluster: the block's among those that share B, and among those that share K; and the first rank of the
+    // former.
+    __device__ __forceinline__ static int rank_of_rows() { return kCluster > 1 ? cluster_rank() % kCluster : 0; }
+    __device__ __forceinline__ static int rank_of_k() { return kSplitK > 1 ? cluster_rank() / kCluster : 0; }
+    __device__ __forceinline__ static int first_rank() { return rank_of_k() * kCluster; }
 
     // The stage in turn, and the parity of the round that it is in.
     struct Ring {
@@ -925,25 +970,30 @@ template <class Config> struct GemmSm90 {
         __device__ float* slab(int warp) const { return reinterpret_cast<float*>(base + kSlabs + warp * kSlabBytes); }
         __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(base + kBarriers) + stage; }
         __device__ uint64_t* empty(int stage) const { return full(kStages + stage); }
-        __device__ uint64_t* turn(int group) const { return full(2 * kStages + group); }
+        __device__ uint64_t* turn(int group) const { return full(2 * kStages + group); }  // in ping-pong
+        __device__ uint64_t* room() const { return turn(0); }                             // where blocks share K
     };
     using Memory = MemoryFor<kPlanes * kPlaneA>;
     static constexpr int kSharedBytes = Memory::kBytes;
+    static constexpr int kExchangeBytes = (kSplitK - 1) * kTileM * kPartN * 4;  // that a block receives for a tile
+    static_assert(kExchangeBytes <= Memory::kStageBytes);
 
     // The tiles of this block, in the order in which it computes them; both roles walk the same.
     struct Tiles {
         int rows, columns, index;  // of the grid of cluster tiles; index: the cluster's next
+        int parts;                 // of kPartN columns that a row has
 
         __device__ explicit Tiles(const Operands& x)
             : rows(int((x.M + kTileM * kCluster - 1) / (kTileM * kCluster))),
               columns(int((x.N + kTileN - 1) / kTileN)),
-              index(blockIdx.x / kCluster) {}
+              index(blockIdx.x / kBlocks),
+              parts(int((x.N + kPartN - 1) / kPartN)) {}
         __device__ bool more() const { return index < rows * columns; }
-        __device__ void advance() { index += gridDim.x / kCluster; }
+        __device__ void advance() { index += gridDim.x / kBlocks; }
         __device__ int first_row() const { return group_start() + in_group() % group_rows(); }
         __device__ int m() const { return (first_row() * kCluster + int(blockIdx.x % kCluster)) * kTileM; }
         __device__ int n() const { return in_group() / group_rows() * kTileN; }
-        __device__ int64_t tile() const { return int64_t(m() / kTileM) * columns + n() / kTileN; }
+        __device__ int64_t part(int n) const { return int64_t(m() / kTileM) * parts + n / kPartN; }  // of its first column
 
       private:
         __device__ int group_start() const { return index / (Config::kGroup * columns) * Config::kGroup; }
@@ -951,7 +1001,7 @@ template <class Config> struct GemmSm90 {
         __device__ int in_group() const { return index % (Config::kGroup * columns); }
     };
 
-    // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kCluster; kThreads threads; kSharedBytes.
+    // The whole kernel. Grid: at most one block a multiprocessor, a multiple of kBlocks; kThreads threads; kSharedBytes.
     // Kernel: whose memory, loads and consumers these are, for kernels that share the rest.
     template <class Kernel = GemmSm90, class Epilogue>
     __device__ __forceinline__ static void run(const Operands& operands, const Epilogue& epilogue) {
@@ -967,7 +1017,7 @@ template <class Config> struct GemmSm90 {
             Kernel::consume(operands, memory, epilogue);
         }
         // A block stays until nobody in the cluster can still arrive at its barriers or copy to its memory.
-        if constexpr (kCluster > 1) cluster_sync();
+        if constexpr (kBlocks > 1) cluster_sync();
     }
 
     template <class AnyMemory>
@@ -979,10 +1029,11 @@ template <class Config> struct GemmSm90 {
                 mbarrier_init(memory.full(stage), 1);
                 mbarrier_init(memory.empty(stage), kTileWarps * kCluster);
             }
-            for (int group = 0; group < kConsumers; ++group) mbarrier_init(memory.turn(group), 4);
+            for (int group = 0; group < kConsumers; ++group)
+                mbarrier_init(memory.turn(group), kSplitK > 1 ? kSplitK - 1 : 4);
             mbarrier_fence_init();
         }
-        if constexpr (kCluster > 1) cluster_sync();
+        if constexpr (kBlocks > 1) cluster_sync();
         else __syncthreads();
     }
 
@@ -992,14 +1043,27 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static void produce(const Operands& operands, const typename Kernel::Memory& memory) {
         Ring ring;
         for (Tiles tiles(operands); tiles.more(); tiles.advance()) {
-            const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles();
+            const int m = tiles.m(), n = tiles.n(), k_tiles = operands.k_tiles(), first = rank_of_k() * k_tiles;
             for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ring.advance()) {
                 mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);  // the first round finds every stage empty
                 mbarrier_arrive_expect_tx(memory.full(ring.stage), memory.kStageBytes);
-                Kernel::load_a(operands, memory, ring.stage, m, k_tile * kTileK);
-                load_b(operands, memory, ring.stage, n, k_tile * kTileK);
+                Kernel::load_a(operands, memory, ring.stage, m, (first + k_tile) * kTileK);
+                load_b(operands, memory, ring.stage, n, (first + k_tile) * kTileK);
+            }
+            if constexpr (kSplitK > 1) {
+                make_room(memory, ring);
+                ring.advance();
             }
         }
+    }
+
+    // The stage in turn is filled by the consumers of the blocks that share K with this one, who are told that they may.
+    __device__ __forceinline__ static void make_room(const Memory& memory, const Ring& ring) {
+        mbarrier_wait(memory.empty(ring.stage), ring.parity ^ 1);
+        mbarrier_arrive_expect_tx(memory.full(ring.stage), kExchangeBytes);
+#pragma unroll
+        for (int other = 1; other < kSplitK; ++other)
+            mbarrier_arrive_remote(memory.room(), (cluster_rank() + other * kCluster) % kBlocks);
     }
 
     __device__ __forceinline__ static void load_a(const Operands& operands, const Memory& memory, int stage, int m,
@@ -1017,7 +1081,7 @@ template <class Config> struct GemmSm90 {
     template <class AnyMemory>
     __device__ __forceinline__ static void load_b(const Operands& operands, const AnyMemory& memory, int stage, int n,
                                                   int k) {
-        const int rank = kCluster > 1 ? cluster_rank() : 0;
+        const int rank = rank_of_rows();
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
@@ -1027,7 +1091,8 @@ template <class Config> struct GemmSm90 {
                 uint64_t* full = memory.full(stage);
                 const int x = kMajorB == Major::K ? k : column, y = kMajorB == Major::K ? column : k;
                 if constexpr (kCluster > 1)
-                    tensor_load_multicast(destination, &operands.b, full, x, y, plane, (1 << kCluster) - 1);
+                    tensor_load_multicast(destination, &operands.b, full, x, y, plane,
+                                          ((1 << kCluster) - 1) << first_rank());
                 else
                     tensor_load(destination, &operands.b, full, x, y, plane);
             }
@@ -1036,6 +1101,7 @@ template <class Config> struct GemmSm90 {
     // ---- Consumers --------------------------------------------------------------------------------------------------
 
     using Sums = float[kBlocksM][kSums];
+    using Part = float[kBlocksM][kPartSums];
 
     template <class Epilogue>
     __device__ __forceinline__ static void consume(const Operands& operands, const Memory& memory,
@@ -1044,7 +1110,8 @@ template <class Config> struct GemmSm90 {
         Tiles tiles(operands);
         const int group = uniform(threadIdx.x / 128) - 1, k_tiles = operands.k_tiles();
         const int first_block = kPingPong ? 0 : group * kBlocksM;  // of 64 rows: this group's in the tile
-        uint32_t parity = group ^ 1;  // of the turn that is waited for: group 0 finds the first one come
+        // Of the turn that is waited for: group 0 finds the first one come. Or of the room.
+        uint32_t parity = kPingPong ? group ^ 1 : 0;
         if (kPingPong && group == 1) pass_over(tiles, ring, k_tiles);
         for (; tiles.more(); tiles.advance()) {
             Sums sums;
@@ -1053,24 +1120,77 @@ template <class Config> struct GemmSm90 {
                 compute_three_products(sums, ring, memory, first_block, k_tiles);
             else
                 compute(sums, ring, memory, first_block, k_tiles);
-            // The last cluster may have a block too many.
-            if (kCluster == 1 || tiles.m() < operands.M)
+            if constexpr (kSplitK > 1) {
+                Part part;
+                exchange(sums, part, ring, memory, parity);
+                conclude(part, tiles, first_block, operands, memory, epilogue);
+            } else {
                 conclude(sums, tiles, first_block, operands, memory, epilogue);
+            }
             if constexpr (kPingPong) pass_over(tiles, ring, k_tiles);
             parity ^= 1;
         }
     }
 
+    // A part of the tile for each block: to the others go their sums, and theirs are added to this one's.
+    __device__ __forceinline__ static void exchange(Sums& sums, Part& part, Ring& ring, const Memory& memory,
+                                                    uint32_t parity) {
+        constexpr int kThreadsOf = 128 * kConsumers, kChunks = kPartSums / 4;
+        const int thread = threadIdx.x - 128, rank = rank_of_k();
+        float4* received = reinterpret_cast<float4*>(memory.a(ring.stage)) + thread;
+        const auto place = [](int other, int block, int chunk) {
+            return (((other - 1) * kBlocksM + block) * kChunks + chunk) * kThreadsOf;
+        };
+        // Registers have no index: this block's part comes first, then that of the next rank, and so on.
+#pragma unroll 1
+        for (int i = 0; i < rank; ++i)
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block) turn_round<kPartSums>(sums[block]);
+        mbarrier_wait(memory.room(), parity);
+#pragma unroll
+        for (int other = 1; other < kSplitK; ++other)
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+                for (int chunk = 0; chunk < kChunks; ++chunk) {
+                    const float* from = &sums[block][other * kPartSums + chunk * 4];
+                    store_async(received + place(other, block, chunk), memory.full(ring.stage),
+                                (cluster_rank() + other * kCluster) % kBlocks,
+                                make_float4(from[0], from[1], from[2], from[3]));
+                }
+        mbarrier_wait(memory.full(ring.stage), ring.parity);
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                float* to = &part[block][chunk * 4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[i] = sums[block][chunk * 4 + i];
+#pragma unroll
+                for (int other = 1; other < kSplitK; ++other) {
+                    const float4 theirs = received[place(other, block, chunk)];
+                    to[0] += theirs.x, to[1] += theirs.y, to[2] += theirs.z, to[3] += theirs.w;
+                }
+            }
+        fence_proxy_async();  // bulk copies overwrite what came by another way
+        __syncwarp();
+        release(memory, ring.stage);
+        ring.advance();
+    }
+
     // From complete sums to results.
     template <class Epilogue>
-    __device__ __forceinline__ static void conclude(Sums& sums, const Tiles& tiles, int first_block,
+    __device__ __forceinline__ static void conclude(Part& sums, const Tiles& tiles, int first_block,
                                                     const Operands& operands, const Memory& memory,
                                                     const Epilogue& epilogue) {
-        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16, n = tiles.n();
+        const int m = tiles.m() + first_block * 64 + uniform(threadIdx.x / 32 % 4) * 16;
+        const int n = tiles.n() + rank_of_k() * kPartN;
+        // The last cluster may have a block too many, and the last tile parts.
+        if ((kCluster > 1 && tiles.m() >= operands.M) || (kSplitK > 1 && n >= operands.N)) return;
         if constexpr (kScaled) {
             if (operands.lost) {
                 float* slab = memory.slab(threadIdx.x / 32 - 4);
-                note_lost(operands, tiles.tile(), lost_bits(operands).found(sums, slab, m, n));
+                note_lost(operands, tiles.part(n), lost_bits(operands).found(sums, slab, m, n));
             }
             undo_scale(sums, operands);
         }
@@ -1085,8 +1205,8 @@ template <class Config> struct GemmSm90 {
 
     // What the products of one stage read: descriptors, and how far from one k16 step to the next.
     struct Stage {
-        static constexpr uint32_t kStepA = (kMajorA == Major::K ? kStep * 2 : kStep * 128) >> 4;
-        static constexpr uint32_t kStepB = (kMajorB == Major::K ? kStep * 2 : kStep * 128) >> 4;
+        static constexpr uint32_t kStepA = (kMajorA == Major::K ? 32 : kStep * 128) >> 4;
+        static constexpr uint32_t kStepB = (kMajorB == Major::K ? 32 : kStep * 128) >> 4;
         uint64_t a_, b_;
 
         template <class AnyMemory>
@@ -1181,13 +1301,13 @@ template <class Config> struct GemmSm90 {
     template <class AnyMemory> __device__ __forceinline__ static void release(const AnyMemory& memory, int stage) {
         const int lane = threadIdx.x % 32;
         if constexpr (kCluster > 1) {
-            if (lane < kCluster) mbarrier_arrive_remote(memory.empty(stage), lane);
+            if (lane < kCluster) mbarrier_arrive_remote(memory.empty(stage), first_rank() + lane);
         } else {
             if (lane == 0) mbarrier_arrive(memory.empty(stage));
         }
     }
 
-    __device__ __forceinline__ static LostBits<kBlocksM, kSums> lost_bits(const Operands& x) {
+    __device__ __forceinline__ static LostBits<kBlocksM, kPartSums> lost_bits(const Operands& x) {
         return {x.split_a, x.split_b, x.M, x.N, x.K};
     }
 
@@ -1200,9 +1320,9 @@ template <class Config> struct GemmSm90 {
     // m: the warp's first row. A warp whose rows and columns all exist takes a path without bounds: there the epilogue
     // is straight code, whose loads the compiler can issue together and early.
     template <class Epilogue>
-    __device__ __forceinline__ static void finish(Sums& sums, const Operands& operands, const Memory& memory, int m,
+    __device__ __forceinline__ static void finish(Part& sums, const Operands& operands, const Memory& memory, int m,
                                                   int n, const Epilogue& epilogue) {
-        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kTileN <= operands.N))
+        if (kWhole || (m + (kBlocksM - 1) * 64 + 16 <= operands.M && n + kPartN <= operands.N))
             turn<true>(sums, operands, memory, m, n, epilogue);
         else
             turn<false>(sums, operands, memory, m, n, epilogue);
@@ -1210,14 +1330,14 @@ template <class Config> struct GemmSm90 {
 
     // Sums lie two columns a thread (see wgmma); the epilogue wants kVector, and whole lines a warp: through the slab.
     template <bool kInside, class Epilogue>
-    __device__ __forceinline__ static void turn(Sums& sums, const Operands& operands, const Memory& memory,
+    __device__ __forceinline__ static void turn(Part& sums, const Operands& operands, const Memory& memory,
                                                 int m, int n, const Epilogue& epilogue) {
         const int lane = threadIdx.x % 32;
         float* slab = memory.slab(threadIdx.x / 32 - 4);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-#pragma unroll(kInside ? kTileN / kSlabColumns : 1)
-            for (int column = 0; column < kTileN; column += kSlabColumns) {
+#pragma unroll(kInside ? kPartN / kSlabColumns : 1)
+            for (int column = 0; column < kPartN; column += kSlabColumns) {
                 __syncwarp();
                 write_slab(slab, &sums[block][kInside ? column / 2 : 0], lane);
                 __syncwarp();
@@ -1256,13 +1376,13 @@ template <class Config> struct GemmSm90 {
     }
 
     // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not.
-    __device__ __forceinline__ static void undo_scale(Sums& sums, const Operands& operands) {
+    __device__ __forceinline__ static void undo_scale(Part& sums, const Operands& operands) {
         const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
         const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block)
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sums[block][i] = sums[block][i] * half * rest;
+            for (int i = 0; i < kPartSums; ++i) sums[block][i] = sums[block][i] * half * rest;
     }
 
     // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.
@@ -1738,7 +1858,8 @@ struct Epilogue {
 struct Config {
     using Element = __half;
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
-    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr int kCluster = 1, kSplitK = 1, kGroup = 8, kVector = 4;
+    static constexpr int kPromote = 32;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false;
     static constexpr bool kWhole = false;
@@ -1838,7 +1959,8 @@ struct Epilogue {
 struct Config {
     using Element = __half;
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
-    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr int kCluster = 1, kSplitK = 1, kGroup = 8, kVector = 4;
+    static constexpr int kPromote = 32;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false;
     static constexpr bool kWhole = false;
@@ -2004,7 +2126,8 @@ struct Epilogue {
 struct Config {
     using Element = __half;
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
-    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr int kCluster = 1, kSplitK = 1, kGroup = 8, kVector = 4;
+    static constexpr int kPromote = 32;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MN, kMajorB = fusewright::Major::MN;
     static constexpr bool kScaled = true, kPingPong = false;
     static constexpr bool kWhole = true;
@@ -2081,7 +2204,8 @@ struct Epilogue {
 struct Config {
     using Element = __half;
     static constexpr int kProducts = 3, kTileM = 128, kTileN = 128, kStages = 3;
-    static constexpr int kCluster = 1, kPromote = 32, kGroup = 8, kVector = 4;
+    static constexpr int kCluster = 1, kSplitK = 1, kGroup = 8, kVector = 4;
+    static constexpr int kPromote = 32;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::MN;
     static constexpr bool kScaled = true, kPingPong = false;
     static constexpr bool kWhole = false;
@@ -2153,7 +2277,7 @@ bool can_overlap() {
 #endif
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_376448263fd5
+}  // namespace fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3
 """
 
 # Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
@@ -2173,7 +2297,7 @@ CPP_SOURCE = r"""
 #include <cuda_fp16.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_376448263fd5 {
+namespace fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3 {
 
 // ======== the kernels, which are in CUDA_SOURCE
 
@@ -2649,7 +2773,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2657,7 +2781,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -2678,7 +2802,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::fused");
     return run.call(weight, bias, x);
 }
 
@@ -2687,7 +2811,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -2701,7 +2825,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -2713,13 +2837,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_376448263fd5::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_376448263fd5, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -2727,7 +2851,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_376448263fd5, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -2735,7 +2859,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -2743,13 +2867,13 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_376448263fd5, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_376448263fd5
+}  // namespace fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
@@ -2759,7 +2883,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_376448263fd5",
+        name="fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3",
         cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
         extra_cflags=["-O2"],
@@ -2791,9 +2915,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -2805,7 +2929,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_376448263fd5.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_a7d5c305c1e3.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")
