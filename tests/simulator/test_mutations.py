@@ -211,10 +211,10 @@ def split_f16(simulator: Simulator) -> None:
 
 
 GEMM_SM90 = """#include "gemm_sm90.cuh"
-template <int kProducts_, int kCluster_, bool kPingPong_> struct Config {
+template <int kProducts_, int kCluster_, int kSplitK_, bool kPingPong_> struct Config {
     using Element = __half;
     static constexpr int kProducts = kProducts_, kTileM = 128, kTileN = 128, kStages = 2, kCluster = kCluster_;
-    static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
+    static constexpr int kSplitK = kSplitK_, kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = false, kPingPong = kPingPong_, kWhole = false;
 };
@@ -226,7 +226,7 @@ struct Epilogue {
         fusewright::store(out + m * N + n, 1, sums, count);
     }
 };
-using Gemm = fusewright::GemmSm90<Config<PRODUCTS, CLUSTER, PING_PONG>>;
+using Gemm = fusewright::GemmSm90<Config<PRODUCTS, CLUSTER, SPLIT_K, PING_PONG>>;
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
 gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, float* out,
      int64_t m, int64_t n, int64_t k) {
@@ -236,26 +236,28 @@ gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fu
 
 
 def gemm_sm90(simulator: Simulator) -> None:
-    """Of each cluster's two tiles, four steps of k through two stages: one product, three, and one in ping-pong."""
+    """Of each cluster's two tiles, four steps of k through two stages: one product, three, one whose K two blocks share,
+    and one in ping-pong."""
     n, k = 136, 200
     launches, calls = [], []
-    for products, cluster, ping_pong in ((1, 2, "false"), (3, 1, "false"), (1, 1, "true")):
-        planes, m = products // 2 + 1, 128 * cluster - 8
+    kinds = ((1, 2, 1, "false"), (3, 1, 1, "false"), (1, 1, 2, "false"), (1, 1, 1, "true"))
+    for products, cluster, split_k, ping_pong in kinds:
+        planes, m, size = products // 2 + 1, 128 * cluster - 8, cluster * split_k
         a, b = torch.randn(planes, m, k).half(), torch.randn(planes, n, k).half()
         maps = [
             TensorMapArg(name, x.dtype, (k, rows, planes), (k, k * rows), (64, 64, 1))
             for name, x, rows in (("a", a, m), ("b", b, n))
         ]
         source = GEMM_SM90.replace("PRODUCTS", str(products)).replace("CLUSTER", str(cluster))
-        source = source.replace("PING_PONG", ping_pong)
+        source = source.replace("PING_PONG", ping_pong).replace("SPLIT_K", str(split_k))
         args = (*maps, BufferArg("out", torch.float32, written=True), SizeArg(0), SizeArg(0), SizeArg(0))
         stage = 32768 * planes
         shared = 2 * stage + 8 * 16 * 8 * 4 * 4 + 6 * 8 + 1024
-        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, (cluster, 1, 1), early=True))
-        calls.append((a, b, m, cluster))
-    for kernel, (a, b, m, cluster) in zip(simulator.load(launches), calls, strict=True):
+        launches.append(LaunchSpec("gemm", source, (1, 1, 1), (384, 1, 1), args, shared, (size, 1, 1), early=True))
+        calls.append((a, b, m, size))
+    for kernel, (a, b, m, size) in zip(simulator.load(launches), calls, strict=True):
         out = torch.zeros(m, n)
-        kernel([a, b, out, m, n, k], (cluster, 1, 1))
+        kernel([a, b, out, m, n, k], (size, 1, 1))
         hi, lo = (a.double()[0], b.double()[0].T), (a.double()[-1], b.double()[-1].T)
         expected = hi[0] @ hi[1]
         if len(a) == 2:
@@ -267,7 +269,7 @@ GEMM_SM90_REGISTERS = """#include "gemm_sm90_registers.cuh"
 struct Config {
     using Element = __half;
     static constexpr int kProducts = 1, kTileM = 128, kTileN = 128, kStages = 2, kCluster = 1;
-    static constexpr int kPromote = 64, kGroup = 8, kVector = 4;
+    static constexpr int kSplitK = 1, kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MAJOR, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false, kWhole = false;
 };
