@@ -57,6 +57,10 @@ split(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length
       const int* __restrict__ samples, int64_t count) {{
     Split::split({{x, stride, lines, length, halves, {planes}}}, samples, int(count), blockIdx.x, gridDim.x);
 }}
+extern "C" __global__ void __launch_bounds__(Split::kThreads, fusewright::SplitLines::kBlocks)
+split_lines(const float* __restrict__ x, int64_t stride, int64_t lines, int64_t length, int* halves) {{
+    fusewright::SplitLines::split({{x, stride, lines, length, halves, {planes}, true}}, blockIdx.x, gridDim.x);
+}}
 """
 
 _SIMT = simt.Gemm()
@@ -104,6 +108,7 @@ class GemmConfig:
     group: int = 8
     vector: int = 4
     scaled: bool = False
+    by_line: tuple[bool, bool] = (False, False)
     ping_pong: bool = False
     registers: bool = False
     out: str = "float"
@@ -128,6 +133,10 @@ class GemmConfig:
     def source(self) -> str:
         """Returns the translation unit; its kernel is named `gemm`."""
         debug = f"#define FUSEWRIGHT_SPIN_LIMIT {self.spin_limit}\n" if self.spin_limit else ""
+        operands = [
+            f"{{nullptr, split_{name}}}" if by_line else f"{{split_{name}, nullptr}}"
+            for name, by_line in zip("ab", self.by_line, strict=True)
+        ]
         types = "".join(text for name, text in simt.INCLUDES.items() if name in (self.element, self.out))
         return f"""{debug}{types}#include "gemm_sm90{"_registers" if self.registers else ""}.cuh"
 using Out = {self.out};
@@ -142,14 +151,15 @@ struct Config {{
     static constexpr fusewright::Major kMajorB = fusewright::Major::{self.major_b};
     static constexpr bool kScaled = {str(self.scaled).lower()}, kPingPong = {str(self.ping_pong).lower()};
     static constexpr bool kWhole = {str(self.whole).lower()};
+    static constexpr bool kByLineA = {str(self.by_line[0]).lower()}, kByLineB = {str(self.by_line[1]).lower()};
 }};
 using Gemm = fusewright::GemmSm90{"Registers" if self.registers else ""}<Config>;
 static_assert(Gemm::kSharedBytes == {self.shared_bytes});
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
 gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fusewright::TensorMap b, int64_t M,
-     int64_t N, int64_t K, const int* __restrict__ exponent_a, const int* __restrict__ exponent_b,
+     int64_t N, int64_t K, const int* __restrict__ split_a, const int* __restrict__ split_b,
      const float* __restrict__ bias, Out* __restrict__ out, float factor, float slope) {{
-    Gemm::run({{a, b, M, N, K, {{exponent_a, nullptr}}, {{exponent_b, nullptr}}}},
+    Gemm::run({{a, b, M, N, K, {operands[0]}, {operands[1]}}},
               Epilogue{{bias, out, {"M" if self.registers else "N"}, factor, slope}});
 }}
 """
@@ -331,22 +341,26 @@ class Gemm:
 class Split:
     """Splits float32 [lines, length] into fp16 halves, in one buffer (`fusewright.ir.encoding`)."""
 
-    def __init__(self, cubin: bytes | None, planes: int) -> None:
-        self.planes = planes
+    def __init__(self, cubin: bytes | None, planes: int, by_line: bool = False) -> None:
+        self.planes, self.by_line = planes, by_line
         source = SPLIT.format(planes=planes)
-        self.sample, self.split = (
-            Kernel(cubin, name) if cubin else SimulatedKernel(source, name) for name in ("sample", "split")
+        self.sample, self.split, self.lines = (
+            Kernel(cubin, name) if cubin else SimulatedKernel(source, name)
+            for name in ("sample", "split", "split_lines")
         )
         self.blocks = 8 * multiprocessors(cubin)
 
     def buffers(self, x: torch.Tensor) -> Halved:
-        layout = Halves(*x.shape, self.planes)
+        layout = Halves(*x.shape, self.planes, self.by_line)
         words = torch.full((layout.words,), -1, dtype=torch.int32, device=x.device)
         return Halved(layout, words, torch.zeros(self.blocks, dtype=torch.int32, device=x.device))
 
     def run(self, x: torch.Tensor, halved: Halved, look: bool = True) -> None:
         """look: at a sample, or else use the exponent of the call before."""
         matrix = [x, x.stride(0), *x.shape, halved.words]
+        if self.by_line:
+            self.lines.launch((min(2 * self.blocks, x.shape[0]), 1), 256, matrix)
+            return
         if look:
             self.sample.launch((self.blocks, 1), 256, [*matrix, halved.samples])
         strips = -(-x.shape[1] // 512)
@@ -382,3 +396,15 @@ class Halved:
     @property
     def exponent(self) -> torch.Tensor:
         return self.words[-1:]
+
+    @property
+    def given(self) -> torch.Tensor:
+        """What a product is given: the exponent, or the magnitudes that tell of those of the lines."""
+        return self.lines if self.layout.by_line else self.exponent
+
+    @property
+    def exponents(self) -> torch.Tensor:
+        """Of every line, as a column."""
+        if not self.layout.by_line:
+            return self.exponent.expand(self.layout.lines)[:, None]
+        return (14 + 127 - (self.lines >> 23)).clamp(max=126)[:, None]

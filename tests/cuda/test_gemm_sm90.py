@@ -67,6 +67,36 @@ def test_compiles_without_spills_or_warnings(kind: str, majors: tuple[str, str])
     assert config.shared_bytes <= SHARED_LIMIT
 
 
+BY_LINE = {
+    "f16x1": (True, True),
+    "f16x3": (True, True),
+    "registers": (False, True),
+    "f16x1 ping-pong": (True, True),
+    "f16x1 256": (True, True),
+    "registers 256": (False, True),
+    "f16x3 a": (True, False),
+    "f16x3 b": (False, True),
+}
+# With tiles of their own.
+OTHER_KINDS = {
+    "f16x1 256": replace(F16X1, tile=(256, 128)),
+    "registers 256": replace(REGISTERS, tile=(128, 256), stages=2),
+    "f16x3 a": replace(F16X3, tile=(128, 96)),
+    "f16x3 b": replace(F16X3, tile=(128, 64)),
+}
+
+
+def by_line(kind: str) -> GemmConfig:
+    return replace({**KINDS, **OTHER_KINDS}[kind], by_line=BY_LINE[kind])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", BY_LINE)
+def test_exponents_by_line_compile_without_spills_or_warnings(kind: str, whole: bool) -> None:
+    resources = compile_cubin(replace(by_line(kind), whole=whole).source(), "sm_90a").resources["gemm"]
+    assert resources.spill_bytes == resources.stack_bytes == 0 and resources.registers == 168
+
+
 @pytest.mark.parametrize("planes", [1, 2])
 def test_split_compiles_without_spills(planes: int) -> None:
     for resources in compile_cubin(SPLIT.format(planes=planes), "sm_90a").resources.values():
@@ -80,7 +110,14 @@ class Operand:
     """
 
     def __init__(
-        self, config: GemmConfig, rows: int, k: int, major: str, device: str, values: torch.Tensor | None = None
+        self,
+        config: GemmConfig,
+        rows: int,
+        k: int,
+        major: str,
+        device: str,
+        values: torch.Tensor | None = None,
+        by_line: bool = False,
     ) -> None:
         shape = (rows, k) if major == "K" else (k, rows)
         stored = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) if values is None else values
@@ -88,10 +125,10 @@ class Operand:
         self.device, self.exponent = device, None
         if config.scaled:
             planes = config.products // 2 + 1
-            self.split = Split(cubin(SPLIT.format(planes=planes), device), planes)
+            self.split = Split(cubin(SPLIT.format(planes=planes), device), planes, by_line)
             self.halved = self.split.buffers(stored)
             self.split.run(stored, self.halved)
-            self.data, self.exponent, self.stored = self.halved.data, self.halved.exponent, stored
+            self.data, self.exponent, self.stored = self.halved.data, self.halved.given, stored
         else:
             dtypes = {"__nv_bfloat16": torch.bfloat16, "__half": torch.float16, "float": torch.float32}
             stored = stored.to(dtypes[config.element])
@@ -376,6 +413,70 @@ def test_split_keeps_22_bits_and_finds_magnitudes(device: str) -> None:
         assert (residue <= scaled.abs() * 2.0**-22 + 2.0**-35).all()
         assert torch.equal(halved.lines.view(torch.float32), x.abs().amax(1))
         assert torch.equal(halved.columns.view(torch.float32), x.abs().amax(0))
+
+
+# One element; less than a vector; ragged; of as many warps as there are; of more than a block holds, ragged too.
+LENGTHS = [1, 3, 65, 1000, 1025, 3000, 4097, 8192, 8200, 17001]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_lines_are_split_by_their_own_exponents(planes: int, length: int, device: str) -> None:
+    split = Split(cubin(SPLIT.format(planes=planes), device), planes, by_line=True)
+    generator = torch.Generator().manual_seed(length)
+    for lines, stride in ((21, length), (3, length + 5), (1, length)):
+        whole = torch.randn(lines, stride, generator=generator)
+        whole *= torch.exp2(torch.randint(-60, 60, (lines, 1), generator=generator).float())
+        if lines > 3:
+            whole[3], whole[5], whole[6, 0], whole[7, length - 1] = 0, 2.0**-140, float("inf"), float("nan")
+            whole[8], whole[9] = 3e38, whole[9] * 2.0**-135
+        x = whole.to(device)[:, :length]
+        halved = split.buffers(x)
+        split.run(x, halved)
+        assert torch.equal(halved.lines.view(torch.float32).nan_to_num(-1), x.abs().amax(1).nan_to_num(-1))
+        sound = x.isfinite().all(1)
+        scaled = torch.ldexp(x.double(), halved.exponents)[sound]
+        largest = scaled.abs().amax(1)
+        normal = x[sound].abs().amax(1) >= 2.0**-112  # below, the exponent is the largest that there is
+        assert ((largest >= 2.0**14) & (largest < 2.0**15) | ~normal).all() and (largest < 2.0**15).all()
+        hi = scaled.float().half()
+        assert same_bits(halved.data[0][sound], hi)
+        if planes == 2:
+            assert same_bits(halved.data[1][sound], ((scaled.float() - hi.float()) * 2.0**11).half())
+            residue = (scaled - halved.data[0][sound].double() - halved.data[1][sound].double() * 2.0**-11).abs()
+            assert (residue <= scaled.abs() * 2.0**-22 + 2.0**-35).all()
+
+
+@pytest.mark.parametrize("kind", BY_LINE)
+def test_rows_and_columns_of_any_magnitude_need_no_patch(kind: str, device: str) -> None:
+    """Here there is none."""
+    config = replace(by_line(kind), stages=2) if device == "cpu" else by_line(kind)
+    generator = torch.Generator().manual_seed(1)
+    m, n, k = (136, 264, 200) if device == "cpu" else (1000, 3000, 520)
+    operands = []
+    for rows, lines in ((m, config.by_line[0]), (n, config.by_line[1])):
+        powers = torch.randint(-60, 61, (rows, 1), generator=generator).float() * lines
+        values = torch.randn(rows, k, generator=generator) * torch.exp2(powers)
+        operands.append(Operand(config, rows, k, "K", device, values, lines))
+    a, b = operands
+    result = multiply(config, a, b, torch.zeros(m if config.registers else n, device=device), 1.0, 1.0)
+    exact = a.values.double() @ b.values.double().T
+    norms = a.values.double().norm(dim=1)[:, None] * b.values.double().norm(dim=1)
+    error = ((result.T if config.registers else result).double() - exact).abs() / norms
+    assert error.max() < (1e-3 if config.products == 1 else 3e-7)
+
+
+@pytest.mark.parametrize(("row", "column"), [(119, -120), (-120, 119), (119, -126), (60, 58), (-70, -60), (-90, -60)])
+def test_nothing_is_out_of_range_on_the_way_to_a_result(row: int, column: int, device: str) -> None:
+    config = replace(by_line("f16x3"), stages=2)
+    generator = torch.Generator().manual_seed(2)
+    x, w = (torch.rand(128, 64, generator=generator) + 0.5 for _ in range(2))
+    x[5], w[9] = torch.ldexp(x[5], torch.tensor(row)), torch.ldexp(w[9], torch.tensor(column))
+    a, b = (Operand(config, 128, 64, "K", device, values, True) for values in (x, w))
+    result = multiply(config, a, b, torch.zeros(128, device=device), 1.0, 1.0)
+    exact = a.values.double() @ b.values.double().T
+    assert result.isfinite().all()
+    assert ((result.double() - exact).abs() <= exact.abs() * 1e-6 + 2.0**-148).all()
 
 
 @pytest.mark.gpu

@@ -156,11 +156,22 @@ def test_ping_pong_gives_the_bits_of_cooperation(dtype: torch.dtype, majors: str
 @pytest.mark.parametrize("tile", ["128×128×64 ping-pong", "128×128×64"])
 def test_a_row_that_lost_bits_is_computed_in_float32(tile: str) -> None:
     """It is within the halves' range: only the product's flags tell of it, in each tile of its row of tiles."""
-    x, w = random(2824, 1024), random(1024, 2056)
+    x, w = random(1024, 2824).T, random(1024, 2056)  # rows of x that share an exponent
     x[1000] *= 2.0**-24
     found, exact = sm90(product, tf32=True, tile=tile)(x, w), x.double() @ w.double()
     assert relative(found, exact) < TF32_TOLERANCE
     assert relative(found[1000], exact[1000]) < TOLERANCE[torch.float32]
+
+
+def test_rows_and_columns_of_any_magnitude() -> None:
+    """Each line of x and of w has an exponent of its own, also beside a weight that is rounded in registers."""
+    x, w = random(1000, 1024), random(2056, 1024)
+    x *= torch.exp2(torch.randint(-40, 41, (1000, 1), device="cuda").float())
+    for tf32, rounded, powers in ((False, False, 40), (True, False, 40), (True, True, 0)):
+        scaled = w * torch.exp2(torch.randint(-powers, powers + 1, (2056, 1), device="cuda").float())
+        found, exact = sm90(F.linear, tf32=tf32, rounded=rounded)(x, scaled), x.double() @ scaled.double().T
+        norms = x.double().norm(dim=1)[:, None] * scaled.double().norm(dim=1)
+        assert ((found.double() - exact).abs() / norms).max() < (2e-4 if tf32 else 3e-7)
 
 
 @pytest.mark.parametrize("majors", ["KK", "KM", "MK", "MM"])

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from fusewright.chip import CHIPS
 from fusewright.codegen.host import HostPrinter, Kernels
-from fusewright.codegen.launch import LaunchSpec, TensorMapArg
+from fusewright.codegen.launch import BufferArg, LaunchSpec, TensorMapArg
 from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
 from fusewright.ir.encoding import Halves
 from fusewright.ir.size import Size
 from fusewright.kernels.base import Program, Refused
 from fusewright.kernels.choose import candidates, contenders
-from fusewright.kernels.gemm_sm90 import TILES, GemmSm90, HalfProducts, Tile
+from fusewright.kernels.gemm_sm90 import IN_REGISTERS, TILES, GemmSm90, HalfProducts, Tile
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
 from graphs import planned
@@ -158,14 +158,44 @@ def test_weights_that_are_rounded_in_registers(majors: str, tile: int) -> None:
     assert marked and marked.kernel.endswith("_mark") and patch.unaligned
 
 
+def encoded(*kinds: tuple[int, bool], lines: int = M, length: int = K) -> Program:
+    """kinds: planes of each matrix, and whether it has exponents by line."""
+    matrices = tuple(Matrix(f"x{i}", torch.float32, (lines, length), (length, 1)) for i in range(len(kinds)))
+    results = tuple(Encoded(f"halves{i}", Halves(lines, length, *kind)) for i, kind in enumerate(kinds))
+    return encode_program(Encode("encode", matrices, results), H200)
+
+
 @pytest.mark.parametrize("planes", [(1,), (2,), (2, 2), (1, 0)])
 def test_encodings_of_a_step_are_two_launches(planes: tuple[int, ...]) -> None:
-    matrices = tuple(Matrix(f"x{i}", torch.float32, (M, K), (K, 1)) for i in range(len(planes)))
-    results = tuple(Encoded(f"halves{i}", Halves(M, K, p)) for i, p in enumerate(planes))
-    program = encode_program(Encode("encode", matrices, results), H200)
+    program = encoded(*((p, False) for p in planes))
     assert len(program.launches) == 2
     for launch in program.launches:
         check_compiles(launch)
+
+
+@pytest.mark.parametrize(
+    "kinds", [((2, True), (2, True)), ((1, True),), ((1, True), (0, False)), ((2, False), (2, True))]
+)
+def test_exponents_by_line_need_no_sample(kinds: tuple[tuple[int, bool], ...]) -> None:
+    """What does is looked at while lines are split."""
+    program, sampled = encoded(*kinds), [i for i, (_, by_line) in enumerate(kinds) if not by_line]
+    assert len(program.launches) == 1 + bool(sampled) and len(program.workspaces) == bool(sampled)
+    assert program.launches[0].grid == (2 * H200.multiprocessors, len(kinds), 1)
+    if sampled:
+        assert program.launches[1].args[0] == BufferArg(f"x{sampled[0]}", torch.float32)
+        assert program.launches[1].kernel == f"split_f16x{kinds[sampled[0]][0]}"
+    for launch in program.launches:
+        check_compiles(launch)
+
+
+@pytest.mark.parametrize(
+    ("length", "lines"), [(1, 8), (1024, 8), (1025, 4), (2049, 2), (4096, 2), (4097, 1), (9000, 1)]
+)
+def test_a_block_splits_as_many_lines_as_it_holds(length: int, lines: int) -> None:
+    count = 2 * H200.multiprocessors
+    for rows, grid in ((3 * count * lines, 3), (3 * count * lines + 1, 4), (99 * count * lines, 16)):
+        (launch,) = encoded((2, True), lines=rows, length=length).launches
+        assert launch.grid == (count, grid, 1)
 
 
 def test_rounding_in_registers_pays_where_few_products_read_a_weight() -> None:
@@ -199,6 +229,20 @@ def test_every_tile_compiles(tile: Tile) -> None:
     program = next(p for p in GemmSm90().programs(region, H200) if p.variant == tile.title(64))
     check_compiles(program.launches[0])
     assert program.launches[0].shared_bytes <= H200.shared_bytes
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_tile_of_halves_by_line_compiles(whole: bool) -> None:
+    """The headline's epilogue, on tiles that are whole or not."""
+    m, n = (256, 26880) if whole else (264, 520)
+    found = []
+    for tf32, kind in ((False, Always), (True, Always), (True, Rounded)):
+        for program in GemmSm90().programs(product(torch.float32, m=m, n=n, tf32=tf32, kind=kind), H200):
+            source = program.launches[0].source
+            assert "kByLineB = true" in source and f"kWhole = {str(whole).lower()}" in source
+            check_compiles(program.launches[0])
+            found.append(program.variant)
+    assert {str(t) for t in (*TILES[1], *IN_REGISTERS)} <= {*found}
 
 
 def test_several_results_residuals_and_masks() -> None:

@@ -137,6 +137,59 @@ def test_what_halves_cannot_hold_is_computed_again(
     assert error(product(x, w), x, w) < 1e-6  # without: 2e-4 and more
 
 
+@pytest.fixture(scope="module")
+def by_line() -> Callable[[Tensor, Tensor], Tensor]:
+    """Of x and of w's transpose, each of whose lines has its own exponent."""
+    return simulated(torch.nn.functional.linear)  # type: ignore[no-any-return]
+
+
+def test_lines_of_any_magnitude_keep_their_accuracy(by_line: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """As float32 sums cannot: they are not computed again."""
+    x, w = operands()
+    x *= torch.exp2(torch.randint(-60, 61, (M, 1)).float())
+    w *= torch.exp2(torch.randint(-60, 61, (N,)).float())
+    x[7], w[:, 11] = 0, 0
+    found = by_line(x, w.T.contiguous())
+    sound = (x @ w) != 0
+    exact, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
+    assert float(((found.double() - exact).abs() / size)[sound].max()) < 1.5e-7
+    assert not found[7].any() and not found[:, 11].any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_special_values_of_a_line_reach_what_they_reach(
+    by_line: Callable[[Tensor, Tensor], Tensor], value: float
+) -> None:
+    x, w = operands()
+    x[5, 7], w[9, 3] = value, value
+    found, expected = by_line(x, w.T.contiguous()), x @ w
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf() & (found > 0), expected == math.inf)
+    sound = expected.isfinite()
+    exact, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
+    assert float(((found.double() - exact).abs() / size)[sound].max()) < 5e-7
+
+
+def tiny_values(x: Tensor, w: Tensor) -> None:
+    """Lines that no exponent brings into the halves' range, and one that the largest just does."""
+    x[3], x[4] = x[3].sign() * 2.0**-148, x[4].sign() * 2.0**-139
+
+
+def a_giant_meets_zeros(x: Tensor, w: Tensor) -> None:
+    """A result is then what the halves of the rest, beside the giant, do not hold."""
+    x[6, 20], w[20, ::2] = 1e20, 0
+
+
+@pytest.mark.parametrize("change", [opposed, opposed_column, tiny_values, a_giant_meets_zeros])
+def test_what_the_halves_of_lines_cannot_hold_is_computed_again(
+    by_line: Callable[[Tensor, Tensor], Tensor], change: Callable[[Tensor, Tensor], None]
+) -> None:
+    x, w = operands()
+    change(x, w)
+    w = w * 2.0**60 if change is tiny_values else w
+    assert error(by_line(x, w.T.contiguous()), x, w) < 1e-6
+
+
 def test_a_tile_is_patched_where_any_of_the_products_below_it_lost_bits() -> None:
     """The patch has tiles of 128 columns; this column is in the second of the product's."""
     for variant in ("128×64×64", "128×96×64"):
@@ -175,6 +228,14 @@ def test_a_column_that_is_not_a_number_needs_no_patch(rounded: Callable[[Tensor,
     assert torch.equal(found.isnan(), (x @ w).isnan())
     rest = [i for i in range(N) if i != 5]
     assert 1e-6 < error(found[:, rest], x, w[:, rest]) < 5e-4
+
+
+def test_rows_beside_a_weight_in_registers_have_their_own_exponents(
+    rounded: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    x, w = operands()
+    x *= torch.exp2(torch.randint(-60, 61, (M, 1)).float())
+    assert 1e-6 < error(rounded(x, w), x, w) < 5e-4
 
 
 def test_a_weight_read_along_k_and_one_that_is_not_aligned() -> None:

@@ -124,7 +124,7 @@ def test_either_major_and_any_view(turned: bool) -> None:
     assert len({e.buffer for e in encodings}) == 2
     assert Halves(*((K, M) if turned else (M, K)), 2) in [e.halves for e in encodings]
     (three,) = plans(lambda x, w: F.linear(x, w), torch.randn(2, M, K), torch.randn(N, K))
-    assert Halves(2 * M, K, 2) in [r.halves for e in three.encodes for r in e.results]
+    assert Halves(2 * M, K, 2, by_line=True) in [r.halves for e in three.encodes for r in e.results]
 
 
 def test_matrices_without_contiguous_lines_and_vectors_are_not_split() -> None:
@@ -153,14 +153,17 @@ def test_an_encoding_of_something_else_is_illegal() -> None:
     check_rules(graph)
     (matmul,) = (n for n in graph.nodes() if n.op == "matmul")
     a, b, first, second = matmul.inputs
-    for inputs, attributes in (
-        ((a, b, second, first), dict(matmul.attributes)),
-        ((a, b, first), dict(matmul.attributes)),
-        ((a, b, first, second), {"planes": (1, 1), "transposed": (False, True)}),
-        ((a, b, first, second), {"planes": (2, 2), "transposed": (False, False)}),
-        ((a, b, first, second), {"planes": (2, 0), "transposed": (False, True)}),
-        ((a, b, first, second), {"planes": (0, 2), "transposed": (False, True)}),
+    for inputs, changes in (
+        ((a, b, second, first), {}),
+        ((a, b, first), {}),
+        ((a, b, first, second), {"planes": (1, 1)}),
+        ((a, b, first, second), {"transposed": (False, False)}),
+        ((a, b, first, second), {"planes": (2, 0)}),
+        ((a, b, first, second), {"planes": (0, 2)}),
+        ((a, b, first, second), {"by_line": (True, False)}),
+        ((a, b, first, second), {"by_line": (False, False)}),
     ):
+        attributes = {**dict(matmul.attributes), **changes}
         broken = Node("matmul", inputs, tuple(sorted(attributes.items())), matmul.type)
         with pytest.raises(AssertionError, match="matmul"):
             check_rules(Graph(graph.inputs, (broken,)))
@@ -178,6 +181,66 @@ def test_frozen_parameters_cost_nothing_and_have_steps_of_their_own() -> None:
         (("x1",), False),
         (("x2",), True),
     ]
+
+
+# ---- Exponents by line
+
+
+def by_line(plan: FusionPlan) -> dict[str, bool]:
+    """Whether each split matrix has exponents by line."""
+    return {m.buffer: r.halves.by_line for e in plan.encodes for m, r in zip(e.matrices, e.results, strict=True)}
+
+
+def test_lines_have_exponents_in_inference() -> None:
+    (plan,) = plans(linear, torch.randn(M, K), torch.randn(N, K))
+    assert by_line(plan) == {"x1": True, "x2": True}
+    words = [plan.buffers[r.buffer].shape[0] for e in plan.encodes for r in e.results]
+    assert words == [64 * M + M, 64 * N + N]  # two planes of lines of 128 bytes, and magnitudes
+    (plan,) = plans(tower, torch.randn(M, K), torch.randn(N, K), torch.randn(K, N))
+    assert len(by_line(plan)) == 4 and all(by_line(plan).values())
+
+
+def test_a_training_step_reads_its_matrices_either_way_round() -> None:
+    for plan in plans(linear, leaf(M, K), leaf(N, K)):
+        assert not any(by_line(plan).values())
+
+
+def test_without_the_weights_gradient_all_but_the_weight_is_read_along_its_lines() -> None:
+    forward, backward = plans(linear, leaf(M, K), leaf(N, K, grad=False))
+    assert by_line(forward) == {"x1": True, "x2": False}
+    assert list(by_line(backward).values()) == [True]
+    (region,) = (r for r in backward.regions if r.gemm)
+    assert region.gemm and [e.halves.by_line for e in region.gemm.encoded or ()] == [True, False]
+
+
+def test_one_product_across_the_lines_is_enough_for_a_common_exponent() -> None:
+    x, w, y = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    (plan,) = plans(lambda x, w, y: (x @ w.T, y @ w), x, w, y)
+    assert by_line(plan) == {"x1": True, "x2": False, "x3": True}
+    (plan,) = plans(lambda x, w: x @ w, x, torch.randn(K, N))
+    assert by_line(plan) == {"x1": True, "x2": False}
+    (plan,) = plans(lambda x, w: x @ w, torch.randn(K, M).T, torch.randn(N, K).T)
+    assert by_line(plan) == {"x1": False, "x2": True}
+    (plan,) = plans(lambda x: x @ x.T, x)
+    assert by_line(plan) == {"x1": True}
+    (plan,) = plans(lambda x: x.T @ x, x)
+    assert by_line(plan) == {"x1": False}
+
+
+def test_a_product_that_is_not_split_has_no_say() -> None:
+    """Here y @ w has too few products to gain from halves."""
+    x, w, y = torch.randn(M, N), torch.randn(K, N), torch.randn(M, K)
+    (plan,) = plans(lambda x, w, y: (x @ w.T, y @ w), x, w, y, costs=Costs(least=N))
+    assert by_line(plan) == {"x1": True, "x2": True}
+
+
+def test_what_is_kept_has_exponents_by_line_too() -> None:
+    from fusewright import compiler
+
+    call, record = planned(linear)
+    call(torch.randn(M, K), torch.randn(N, K))
+    plan = compiler.plan(record.graphs[0], (), Costs(), kept=(1,))
+    assert by_line(plan) == {"x1": True, "x2": True}
 
 
 # ---- Operands that are rounded in registers
@@ -198,8 +261,8 @@ def planes(plan: FusionPlan) -> list[tuple[int, int]]:
 def test_a_weight_that_one_product_reads_is_rounded_in_registers() -> None:
     (plan,) = plans(linear, torch.randn(M, K), torch.randn(N, K), costs=ROUNDED)
     assert planes(plan) == [(1, 0)]
-    (encode,) = plan.encodes  # whose exponents come of one look at both
-    assert [r.halves.planes for r in encode.results] == [1, 0]
+    (encode,) = plan.encodes  # x by line, while the weight's exponent is found
+    assert [(r.halves.planes, r.halves.by_line) for r in encode.results] == [(1, True), (0, False)]
     assert plan.buffers[encode.results[1].buffer].shape == (1,)
 
 

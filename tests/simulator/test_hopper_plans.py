@@ -18,6 +18,7 @@ from fusewright.fusion.plan import Region
 from fusewright.kernels.base import Program
 from fusewright.kernels.choose import candidates
 from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
+from fusewright.runtime import frozen
 from fusewright.runtime.executable import Executable
 from fusewright.runtime.target import SimulatorTarget
 
@@ -81,7 +82,8 @@ def test_ping_pong_gives_the_bits_of_cooperation(dtype: torch.dtype, monkeypatch
     monkeypatch.setattr(HalfProducts, "gain", lambda *_: 1.0)
     monkeypatch.setattr(HalfProducts, "registers", lambda *_: math.inf)
     torch.manual_seed(0)
-    x, w, tile = (torch.randn(s).to(dtype) for s in ((136, 200), (200, 264), (136, 264)))
+    x, w, tile = (torch.randn(s).to(dtype) for s in ((200, 136), (200, 264), (136, 264)))
+    x = x.T  # whose rows share an exponent
     x[20] *= 2.0**-24  # only the product's flags tell of it
     x[130] *= 2.0**40  # not in the sample, which would make all else too small
     chip = replace(CHIPS["sm_90a"], multiprocessors=2)
@@ -101,6 +103,34 @@ def test_ping_pong_gives_the_bits_of_cooperation(dtype: torch.dtype, monkeypatch
     error = (results[1].double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.max() < (4e-3 if dtype == torch.bfloat16 else 5e-4)
     assert dtype == torch.bfloat16 or error[[20, 130]].max() < 1e-6
+
+
+def test_halves_with_exponents_by_line_and_others_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph reads the frozen weight along its lines alone, another across them too."""
+    monkeypatch.setattr(HalfProducts, "gain", lambda *_: 1.0)
+    monkeypatch.setattr(HalfProducts, "split", lambda *_: 0.0)
+    torch.manual_seed(0)
+    x, w = torch.randn(24, 136), torch.randn(136, 136)
+    chip = CHIPS["sm_90a"]
+    halves = HalfProducts(chip, tf32=False, library=False)
+
+    def along(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        return [x @ w.T]
+
+    def both(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        return [x @ w.T, x @ w]
+
+    kinds = []
+    for _ in range(2):
+        for function in (along, both):
+            plan = compiler.plan(from_fx(make_fx(function)(x, w)), (), halves, kept=(1,))
+            kinds += [r.halves.by_line for e in plan.encodes if e.kept for r in e.results]
+            programs = {n: ps[0] for n, ps in candidates(plan, chip, library=False, tensor_maps=True).items()}
+            results = Executable(plan, programs, SimulatorTarget(chip), torch.device("cpu"))(x, w)
+            for result, expected in zip(results, function(x.double(), w.double()), strict=True):
+                assert (result.double() - expected).norm() < 6e-7 * expected.norm()
+    assert kinds == [True, False] * 2
+    frozen.thaw()
 
 
 def prefer(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,10 @@ HALVES = (
     f"{SPLIT}halves({MATRIX}, const int* seen, int64_t count) {{"
     "fusewright::SplitF16::split({x, length, lines, length, halves, 2}, seen, int(count), blockIdx.x, gridDim.x); }"
 )
+LINES = (
+    f"{SPLIT}lines({MATRIX}) {{"
+    "fusewright::SplitLines::split({x, length, lines, length, halves, 2, true}, blockIdx.x, gridDim.x); }"
+)
 OUT_OF_RANGE = (
     SPLIT
     + """out_of_range(const int* halves, const uint8_t* lost, int* out, int64_t n) {
@@ -174,8 +178,8 @@ OUT_OF_RANGE = (
 
 
 def split_f16(simulator: Simulator) -> None:
-    launches = [launch(SAMPLE, 256), launch(HALVES, 256), launch(OUT_OF_RANGE, 64)]
-    sample, split, out_of_range = simulator.load(launches, schedules=3)
+    launches = [launch(SAMPLE, 256), launch(HALVES, 256), launch(OUT_OF_RANGE, 64), launch(LINES, 256)]
+    sample, split, out_of_range, split_lines = simulator.load(launches, schedules=3)
     x, halves = torch.randn(20, 300), torch.ones(Halves(20, 300, 2).words, dtype=torch.int32)
     row, column = torch.arange(20)[:, None], torch.arange(300)
     x[3, 5], x[9, 140] = float("inf"), 50.0
@@ -200,6 +204,14 @@ def split_f16(simulator: Simulator) -> None:
     assert torch.equal(halves[layout.plane : layout.plane + 9].view(torch.float32), x.abs().amax(1))
     assert torch.equal(halves[-71:-1].view(torch.float32), x.abs().amax(0))
 
+    for shape, blocks in (((5, 1100), 1), ((3, 8300), 2)):  # four lines at once, and one that is read twice
+        x, layout = torch.randn(shape) * torch.arange(1.0, 1 + shape[0])[:, None], Halves(*shape, 2, by_line=True)
+        halves = torch.zeros(layout.words, dtype=torch.int32)
+        split_lines([x, *shape, halves], (blocks,))
+        assert torch.equal(halves[layout.plane :].view(torch.float32), x.abs().amax(1))
+        hi = halves[: layout.plane].view(torch.float16).view(2, shape[0], layout.padded)[0, :, : shape[1]]
+        assert torch.equal(hi, torch.ldexp(x, 15 - torch.frexp(x.abs().amax(1, True)).exponent).half())
+
     found = torch.zeros(64, dtype=torch.int32)
     halves = torch.zeros(Halves(200, 8, 2).words, dtype=torch.int32)
     for place, lost in ((150, 0), (None, 1)):
@@ -217,6 +229,7 @@ template <int kProducts_, int kCluster_, int kSplitK_, bool kPingPong_> struct C
     static constexpr int kSplitK = kSplitK_, kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::K, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = false, kPingPong = kPingPong_, kWhole = false;
+    static constexpr bool kByLineA = false, kByLineB = false;
 };
 struct Epilogue {
     float* out;
@@ -272,6 +285,7 @@ struct Config {
     static constexpr int kSplitK = 1, kPromote = 64, kGroup = 8, kVector = 4;
     static constexpr fusewright::Major kMajorA = fusewright::Major::MAJOR, kMajorB = fusewright::Major::K;
     static constexpr bool kScaled = true, kPingPong = false, kWhole = false;
+    static constexpr bool kByLineA = false, kByLineB = false;
 };
 struct Epilogue {
     float* out;
@@ -411,11 +425,11 @@ def test_every_generator_of_barriers_is_run() -> None:
 
 
 def test_every_deletion_from_generated_code_is_noticed() -> None:
-    """A product of halves, of which a row must be computed again: in several tiles, all by one block. A sample, a split
-    and a patch, which wait for the launch before them, and the patch's barrier."""
+    """A product of halves, of which a row must be computed again: in several tiles, all by one block. A split by line
+    beside a sample, another split and a patch, which wait for the launch before them, and the patch's barrier."""
     torch.manual_seed(0)
     x, w = torch.randn(24, 136), torch.randn(136, 300)
-    x[3] *= 2.0**60
+    x[3, 5] = float("inf")
     chip = replace(CHIPS["sm_90a"], multiprocessors=1)
     plan = compiler.plan(from_fx(make_fx(lambda a, b: [a @ b])(x, w)), (), Always(chip, True, library=False))
     programs = {n: p[0] for n, p in candidates(plan, chip, library=False, tensor_maps=True).items()}

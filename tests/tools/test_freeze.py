@@ -73,7 +73,7 @@ def test_parameters_are_split_by_freeze_alone(several: Written) -> None:
     assert sorted([*encoded(split), *encoded(frozen)]) == sorted(encoded(fused))
     assert not {"down", "weight", "mixed"} & {*encoded(frozen)} and len(encoded(frozen)) == 4
     for step in split.plan.encodes:
-        assert len(split.programs[step.name].launches) == 2
+        assert len(split.programs[step.name].launches) == (1 if step.results[0].halves.by_line else 2)
     assert [r.name for r in frozen.plan.regions] == [r.name for r in fused.plan.regions]
 
 
@@ -82,7 +82,7 @@ def test_what_it_costs_is_said(tmp_path: Path) -> None:
     path.write_text(MODELS["float32 halves"])
     request = Request(path, tmp_path / "new.py", chip_for("sm_90a"), None, {}, library=False, verify=False)
     rows = optimize(request, Console(file=written_to, width=200)).kernels
-    assert "ModelNew.freeze() splits the parameters once and keeps 8.4 MB beside them" in written_to.getvalue()
+    assert "ModelNew.freeze() splits the parameters once and keeps 8.39 MB beside them" in written_to.getvalue()
     assert [row.kernel for row in rows].count("split_f16x2") == 1, "a kernel is listed once"
 
 
@@ -133,7 +133,7 @@ def test_tf32_reads_planes() -> None:
     assert (
         "registers" in fused.programs[region.name].variant and "registers" not in frozen.programs[region.name].variant
     )
-    words = 1024 * 2048 // 2 + 1024 + 2048 + 1
+    words = 1024 * 2048 // 2 + 1024
     assert kept(file.emitted.frozen) == 4 * words and "Results keep TF32's precision" in file.text
     assert complaints(file.text) == []
     text = file.text.split(" fusewright_frozen(")[1].split("\n}\n")[0]
@@ -193,7 +193,7 @@ def test_frozen_calls_split_no_parameter(ours: Loaded, capsys: pytest.CaptureFix
     expected, model = ours(), ours.instance.model
     state = {k: v.clone() for k, v in model.state_dict().items()}
     assert model.freeze() is model
-    words = sum(136 * padded + 136 + k + 1 for k, padded in ((136, 192), (40, 64)))
+    words = 136 * 192 + 136 + 136 * 64 + 136 + 40 + 1  # one is read along its lines, one across them
     assert f"keeps {4 * words:,} bytes" in capsys.readouterr().out
     found = [ours(), ours()]
     assert ours.calls == ["fused", "split", "frozen", "frozen"]

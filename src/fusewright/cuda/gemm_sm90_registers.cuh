@@ -10,7 +10,7 @@
 namespace fusewright {
 
 // Config: as for GemmSm90, of __half, scaled, one product, cooperative, kTileM 128 and kVector 4. Of A only the exponent
-// need be given.
+// need be given: one for all rows.
 template <class Config> struct GemmSm90Registers {
     using Gemm = GemmSm90<Config>;
     using Operands = typename Gemm::Operands;
@@ -19,6 +19,7 @@ template <class Config> struct GemmSm90Registers {
     static constexpr int kTileM = Gemm::kTileM, kTileN = Gemm::kTileN, kTileK = Gemm::kTileK, kSums = Gemm::kSums;
     static_assert(kTileM == 128 && Gemm::kVector == 4 && !Gemm::kThreeProducts && Gemm::kScaled && !Gemm::kPingPong &&
                   Gemm::kSplitK == 1);
+    static_assert(!Config::kByLineA);
 
     // A box holds 32 floats of each of 64 lines: of 64 rows where A is K-major, else of 64 k.
     static constexpr bool kAlongK = Gemm::kMajorA == Major::K;
@@ -61,7 +62,7 @@ template <class Config> struct GemmSm90Registers {
                 lost |= loses_bits(sums, operands, slab, rows, m, n);
                 Gemm::note_lost(operands, tile(tiles, operands), lost);
             }
-            Gemm::undo_scale(sums, operands);
+            Gemm::undo_scale(sums, operands, m, n);
             if (Gemm::kWhole || (m + 16 <= operands.M && n + kTileN <= operands.N))
                 turn<true>(sums[0], operands, slab, m, n, epilogue);
             else

@@ -87,7 +87,9 @@ template <int kBlocksM, int kSums> struct LostBits {
 
     // Scaled. What is out of range by itself is computed again anyway.
     __device__ __forceinline__ static float magnitude(const SplitOperand& operand, int i, int64_t count) {
-        return i < count ? fminf(__int_as_float(operand.magnitudes[i]) * split_scale(*operand.exponent), 0x1p16f) : 0;
+        if (i >= count) return 0;
+        const int bits = operand.magnitudes[i];
+        return fminf(__int_as_float(bits) * split_scale(operand.exponent_at(bits)), 0x1p16f);
     }
 
     // Of numbers that are not negative, whose bits have the same order.

@@ -1,8 +1,9 @@
 // Splits float32 into fp16 halves for the tensor cores: x·2^s = hi + lo·2^-11, to 22 bits and more (hi 11, lo 11).
 //
-// s, an exponent for the whole matrix, is chosen from a look at a sample of the matrix in the launch before, with room
-// above. What the halves cannot hold is told by the magnitudes that the split leaves behind: the bits of the largest |x|
-// of every line and of every column, where infinity and NaN are the largest of all.
+// Where all products sum along the lines of a matrix each line has an s of its own, which follows from its largest |x|:
+// one launch splits the matrix. Else s, one for the whole matrix, is chosen from a look at a sample of it in the launch
+// before, with room above. What the halves cannot hold is told by the magnitudes that the split leaves behind: the bits
+// of the largest |x| of every line, and of every column unless lines have their own s. Infinity and NaN are largest.
 #pragma once
 #include <cuda_fp16.h>
 #include "vector.cuh"
@@ -10,10 +11,16 @@
 namespace fusewright {
 
 // Below: the largest magnitude seen is brought to [2^12, 2^13), eight times under what fp16 can hold, since there may be
-// larger ones. An element of 2^-14 · 2^-s still has 22 bits: 2^-26 of the largest.
-constexpr int kSplitTarget = 12, kSplitLimit = 126;
+// larger ones; that of a line, which is known, to [2^14, 2^15). An element of 2^-14 · 2^-s still has 22 bits: 2^-26 of
+// the largest, or 2^-28.
+constexpr int kSplitTarget = 12, kLineTarget = 14, kSplitLimit = 126;
 
 __device__ __forceinline__ float split_scale(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// Of a line whose largest magnitude has these bits. Zeros may have any; of infinity and NaN nothing is expected.
+__device__ __forceinline__ int line_exponent(int magnitude) {
+    return min(kSplitLimit, kLineTarget - ((magnitude >> 23) - 127));
+}
 
 // Whether a row or column whose largest magnitude has these bits is beyond the halves at exponent s, or so far below
 // that they lose bits of all of it: its products must be computed in float32.
@@ -23,11 +30,12 @@ __device__ __forceinline__ bool split_out_of_range(int magnitude, int exponent) 
 }
 
 // Where things lie in the buffer of a split matrix, in 32-bit words: first `planes` planes of fp16, their lines padded to
-// 128 bytes, then the magnitudes of lines and of columns, then s. No planes: s alone, for products that round the matrix
-// in registers. ir/encoding.py has the same arithmetic.
+// 128 bytes, then the magnitudes of lines and of columns, then s. By line: the magnitudes of lines alone. No planes:
+// s alone, for products that round the matrix in registers. ir/encoding.py has the same arithmetic.
 struct SplitLayout {
     int planes;
     int64_t lines, length;  // elements of a line are consecutive
+    bool by_line = false;   // each line has its own s
 
     __device__ int64_t padded() const { return (length + 63) / 64 * 64; }
     __device__ int64_t line_magnitudes() const { return planes * lines * padded() / 2; }
@@ -35,18 +43,23 @@ struct SplitLayout {
     __device__ int64_t exponent() const { return planes ? column_magnitudes() + length : 0; }
 };
 
-// What a product needs to know of an operand beside its planes: s, and the magnitudes by row (or column) of the product,
-// unless it finds them itself.
+// What a product needs to know of an operand beside its planes: s, null where each line has its own, and the magnitudes
+// by row (or column) of the product, unless it finds them itself.
 struct SplitOperand {
     const int *exponent, *magnitudes;
 
-    // by_line: the product's rows (or columns) are the lines of the matrix that was split.
-    __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool by_line) {
-        const int* magnitudes = halves + (by_line ? layout.line_magnitudes() : layout.column_magnitudes());
-        return {halves + layout.exponent(), layout.planes ? magnitudes : nullptr};
+    // along_k: the product's rows (or columns) are the lines of the matrix that was split.
+    __device__ __forceinline__ static SplitOperand of(const int* halves, const SplitLayout& layout, bool along_k) {
+        const int* magnitudes = halves + (along_k ? layout.line_magnitudes() : layout.column_magnitudes());
+        return {layout.by_line ? nullptr : halves + layout.exponent(), layout.planes ? magnitudes : nullptr};
+    }
+    // s, for a row (or column) of this magnitude.
+    __device__ __forceinline__ int exponent_at(int magnitude) const {
+        return exponent ? *exponent : line_exponent(magnitude);
     }
     __device__ __forceinline__ bool out_of_range(int64_t i, int64_t count) const {
-        return split_out_of_range((magnitudes != nullptr) & (i < count) ? magnitudes[i] : 0, *exponent);
+        const int magnitude = (magnitudes != nullptr) & (i < count) ? magnitudes[i] : 0;
+        return split_out_of_range(magnitude, exponent_at(magnitude));
     }
 };
 
@@ -99,8 +112,9 @@ struct SplitMatrix {
     int64_t stride, lines, length;  // stride: elements from line to line. lines, length < 2^31
     int* halves;
     int planes;  // 2: hi and lo; 1: hi alone (one product, TF32's precision); 0: none, s alone is written
+    bool by_line = false;
 
-    __device__ __forceinline__ SplitLayout layout() const { return {planes, lines, length}; }
+    __device__ __forceinline__ SplitLayout layout() const { return {planes, lines, length, by_line}; }
 
     // Whether a line can be read 16 bytes at a time.
     __device__ __forceinline__ bool aligned() const { return (reinterpret_cast<uint64_t>(x) | stride * 4) % 16 == 0; }
@@ -230,14 +244,19 @@ struct SplitF16 {
     __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, bool both,
                                                  int64_t plane, int count) {
         alignas(8) __half hi[kVector], lo[kVector];
+        halve(x, scale, hi, lo);
+        store_vector<kVector>(p, hi, count);
+        if (both) store_vector<kVector>(p + plane, lo, count);
+    }
+
+    __device__ __forceinline__ static void halve(const float (&x)[kVector], float scale, __half (&hi)[kVector],
+                                                 __half (&lo)[kVector]) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
             const float scaled = x[i] * scale;
             hi[i] = __float2half_rn(scaled);
             lo[i] = __float2half_rn(__fsub_rn(scaled, __half2float(hi[i])) * 0x1p11f);
         }
-        store_vector<kVector>(p, hi, count);
-        if (both) store_vector<kVector>(p + plane, lo, count);
     }
 
     // The block's warps meet in shared memory, so that each column costs a block one atomic.
@@ -254,6 +273,117 @@ struct SplitF16 {
         __syncthreads();
         for (int i = threadIdx.x; i < kBlockColumns; i += kThreads)
             if (first + i < columns && largest[i]) atomicMax(column_magnitudes + first + i, largest[i]);
+    }
+};
+
+// The split of a matrix whose lines have exponents of their own. So many warps take a line that its elements fit into
+// their registers; where eight are too few it is read twice.
+struct SplitLines {
+    static constexpr int kThreads = SplitF16::kThreads, kWarps = SplitF16::kWarps;
+    static constexpr int kBlocks = 4;  // a multiprocessor: 64 registers a thread
+    static constexpr int kVector = SplitF16::kVector, kVectors = 8, kOfWarp = 32 * kVectors * kVector;
+    static constexpr uint32_t kInfinity = 0x7f800000;
+    using Values = float[kVectors][kVector];
+
+    // Warps a line: a power of two. kernels/split_f16.py has the same arithmetic.
+    __device__ __forceinline__ static int team(int64_t length) {
+        return length <= kOfWarp ? 1 : length <= 2 * kOfWarp ? 2 : length <= 4 * kOfWarp ? 4 : kWarps;
+    }
+
+    // Block `block` of `blocks`, any number.
+    __device__ __forceinline__ static void split(const SplitMatrix& m, int block, int blocks) {
+        const SplitLayout layout = m.layout();
+        const int warps = team(m.length), teams = kWarps / warps, step = warps * 32 * kVector, span = step * kVectors;
+        const int column = threadIdx.x % (warps * 32) * kVector, last = (int(m.length) - 1) / span * span;
+        const bool vectors = m.aligned() && m.length % kVector == 0;
+        int place = 0;
+        for (int64_t first = int64_t(block) * teams; first < m.lines; first += int64_t(blocks) * teams, place ^= 1) {
+            const int64_t line = first + threadIdx.x / (warps * 32);
+            const int length = line < m.lines ? int(m.length) : 0;
+            const float* x = m.x + line * m.stride;
+            Values values;
+            uint32_t largest = 0;
+#pragma unroll 1
+            for (int at = column; at <= column + last; at += span) {
+                read(values, x, at, step, length, vectors);
+                largest = max(largest, largest_of(values));
+            }
+            largest = of_team(largest, warps, place, [](uint32_t x) { return __reduce_max_sync(~0u, x); });
+            const float scale = split_scale(line_exponent(int(largest)));
+            int kept = 0;  // elements that keep all their bits, less those that do not
+            __half* hi = reinterpret_cast<__half*>(m.halves) + line * layout.padded();
+#pragma unroll 1
+            for (int at = column + last; at >= column; at -= span) {
+                if (at < column + last) read(values, x, at, step, length, vectors);
+#pragma unroll
+                for (int i = 0; i < kVectors; ++i) {
+                    kept += kept_of(values[i], scale);
+                    if (at + i * step < length)
+                        write(values[i], scale, hi + at + i * step, m.planes == 2, m.lines * layout.padded());
+                }
+            }
+            kept = int(of_team(uint32_t(kept), warps, place + 2, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
+            // A few elements far above the rest: where these meet zeros, the rest is the result. Left to the patch.
+            if (kept < 0) largest = kInfinity;
+            if (column == 0 && line < m.lines) m.halves[layout.line_magnitudes() + line] = int(largest);
+        }
+    }
+
+    __device__ __forceinline__ static int kept_of(const float (&x)[kVector], float scale) {
+        int kept = 0;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) kept += x[j] == 0 ? 0 : fabsf(x[j]) * scale < 0x1p-14f ? -1 : 1;
+        return kept;
+    }
+
+    // All loads are under way before the first is used. vectors: a line can be read 16 bytes at a time, to its end.
+    __device__ __forceinline__ static void read(Values& values, const float* x, int column, int step, int length,
+                                                bool vectors) {
+        if (vectors) {
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                float4 v = make_float4(0, 0, 0, 0);
+                if (column + i * step < length) v = *reinterpret_cast<const float4*>(x + column + i * step);
+                values[i][0] = v.x, values[i][1] = v.y, values[i][2] = v.z, values[i][3] = v.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i)
+                load<kVector>(values[i], x + column + i * step, 1, length - column - i * step);
+        }
+    }
+
+    __device__ __forceinline__ static uint32_t largest_of(const Values& values) {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) largest = max(largest, __float_as_uint(values[i][j]) & 0x7fffffff);
+        return largest;
+    }
+
+    // Past the end of a line zeros, as far as its padding: so each store is one of 8 bytes.
+    __device__ __forceinline__ static void write(const float (&x)[kVector], float scale, __half* p, bool both,
+                                                 int64_t plane) {
+        __half hi[kVector], lo[kVector];
+        uint64_t words[2];
+        SplitF16::halve(x, scale, hi, lo);
+        memcpy(&words[0], hi, 8), memcpy(&words[1], lo, 8);
+        *reinterpret_cast<uint64_t*>(p) = words[0];
+        if (both) *reinterpret_cast<uint64_t*>(p + plane) = words[1];
+    }
+
+    // What `reduce` makes of a warp's 32, of a team's threads. place: rounds alternate between two, so that nobody writes
+    // where others still read.
+    template <class Reduce>
+    __device__ __forceinline__ static uint32_t of_team(uint32_t x, int warps, int place, Reduce reduce) {
+        __shared__ uint32_t of_warp[4][kWarps];
+        x = reduce(x);
+        if (warps == 1) return x;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (lane == 0) of_warp[place][warp] = x;
+        __syncthreads();
+        return reduce(lane < warps ? of_warp[place][warp / warps * warps + lane] : 0);
     }
 };
 

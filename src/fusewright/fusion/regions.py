@@ -95,11 +95,10 @@ class RegionBuilder:
         operands, encodings = product_node.inputs[:2], product_node.inputs[2:]
         if not encodings:
             return None
+        attributes = (product_node.attribute(n) for n in ("planes", "transposed", "by_line"))
         a, b = (
-            Encoded(self.buffers[e].name, Halves.of(_turned(o.tensor.shape, t), planes), t)
-            for o, e, planes, t in zip(
-                operands, encodings, product_node.attribute("planes"), product_node.attribute("transposed"), strict=True
-            )
+            Encoded(self.buffers[e].name, Halves.of(_turned(o.tensor.shape, t), planes, by_line), t)
+            for o, e, planes, t, by_line in zip(operands, encodings, *attributes, strict=True)
         )
         return a, b
 
@@ -111,7 +110,7 @@ class RegionBuilder:
                 self.decisions.copied[node.inputs[0]] = "halves are made of contiguous lines"
                 raise Retry
         results = tuple(
-            Encoded(self.buffers[n].name, Halves.of(m.shape, n.attribute("planes")))
+            Encoded(self.buffers[n].name, Halves.of(m.shape, n.attribute("planes"), n.attribute("by_line")))
             for n, m in zip(nodes, matrices, strict=True)
         )
         return Encode(name, matrices, results, kept)

@@ -10,8 +10,8 @@ Node kinds (`Node.op`):
 | a primitive of `ir.primitives` | same shape each, or constants | implicit (cast only) | applied to each element |
 | reshape, permute, expand, slice | one | shape; dims; shape; dim, start, step | an index map, never a copy |
 | matmul | [M, K], [K, N] | | [M, N], in the accumulator's dtype |
-| matmul | also an encoding of each | planes, transposed | the same; of a, b: planes, whether turned beside it |
-| encode | float32 [lines, length], lines contiguous | planes | its fp16 halves in one buffer (`ir.encoding`) |
+| matmul | also an encoding of each | planes, transposed, by_line | the same; of a, b: its, whether turned beside it |
+| encode | float32 [lines, length], lines contiguous | planes, by_line | its fp16 halves in one buffer (`ir.encoding`) |
 | sum | one | dims | sum over `dims`, which are removed; in the accumulator's dtype |
 | pack_bits, unpack_bits | one | columns | a boolean tensor as one bit an element, rows padded to bytes; and back |
 | aten | any | target, args, kwargs | an operator that fusewright does not take apart |

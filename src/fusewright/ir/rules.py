@@ -86,20 +86,28 @@ def _matmul(node: Node) -> str | None:
         return None
     if len(encodings) != 2:
         return "one operand is encoded, the other is not"
-    planes, transposed = node.attribute("planes"), node.attribute("transposed")
+    planes, transposed, by_line = (node.attribute(n) for n in ("planes", "transposed", "by_line"))
     if not planes[0]:
         return "the left operand is read in registers"
-    for operand in zip(encodings, operands, transposed, planes, strict=True):
+    if any(by and not (full and along) for by, full, along in zip(by_line, planes, _along_k(transposed), strict=True)):
+        return "an encoding by line is read across its lines"
+    for operand in zip(encodings, operands, transposed, planes, by_line, strict=True):
         broken = _encodes(*operand)
         if broken is not None:
             return broken
     return None
 
 
-def _encodes(encoding: Node, operand: Node, transposed: bool, planes: int) -> str | None:
+def _along_k(transposed: tuple[bool, bool]) -> tuple[bool, bool]:
+    """Whether products sum along the lines of what is encoded: those of a as it is, of b's transpose."""
+    a, b = transposed
+    return not a, b
+
+
+def _encodes(encoding: Node, operand: Node, transposed: bool, planes: int, by_line: bool) -> str | None:
     """An encoding that is an input of the graph is known by its size alone, where that is a number."""
     lines, length = reversed(operand.tensor.shape) if transposed else operand.tensor.shape
-    found, wanted = encoding.tensor.shape[0], Halves(lines, length, planes).words
+    found, wanted = encoding.tensor.shape[0], Halves(lines, length, planes, by_line).words
     if isinstance(found, int) and isinstance(wanted, int) and found != wanted:
         return "an encoding has another size than its operand's"
     if encoding.op != "encode":
@@ -108,14 +116,16 @@ def _encodes(encoding: Node, operand: Node, transposed: bool, planes: int) -> st
     base, other = untransposed(operand)
     if base is not source or (turned != other) != transposed:
         return "an encoding is not of its operand"
-    return None if encoding.attribute("planes") == planes else "an encoding has another number of planes"
+    if encoding.attribute("planes") != planes:
+        return "an encoding has another number of planes"
+    return None if encoding.attribute("by_line") == by_line else "an encoding has other exponents"
 
 
 def _encode(node: Node) -> str | None:
     source = node.inputs[0].tensor
     if source.dtype != torch.float32 or len(source.shape) != 2:
         return "encodes something that is no float32 matrix"
-    words = Halves.of(source.shape, node.attribute("planes")).words
+    words = Halves.of(source.shape, node.attribute("planes"), node.attribute("by_line")).words
     fits = node.tensor.dtype == torch.int32 and len(node.tensor.shape) == 1 and same(node.tensor.shape[0], words)
     return None if fits else "the buffer has another type or size than the halves need"
 

@@ -433,9 +433,14 @@ def _instantiation(
     static constexpr fusewright::Major kMajorA = fusewright::Major::{a.major}, kMajorB = fusewright::Major::{b.major};
     static constexpr bool kScaled = {boolean(isinstance(a, SplitOperand))}, kPingPong = {boolean(tile.ping_pong)};
     static constexpr bool kWhole = {boolean(tiled((a.extent, b.extent), (m, n)))};
+    static constexpr bool kByLineA = {boolean(_by_line(a))}, kByLineB = {boolean(_by_line(b))};
 }};
 using Gemm = fusewright::{kernel}<Config>;
 static_assert(Gemm::kThreads == {THREADS} && Gemm::kSharedBytes == {shared_bytes});"""
+
+
+def _by_line(operand: Operand) -> bool:
+    return isinstance(operand, SplitOperand) and operand.encoded.halves.by_line
 
 
 def _vector(region: Region, tile: Tile) -> int:

@@ -1,13 +1,14 @@
-"""float32 matrices as fp16 halves with one power of two each: the launches that make them, and how products read them.
+"""float32 matrices as fp16 halves and powers of two: the launches that make them, and how products read them.
 
-The exponent comes from a sample of the matrix in the same step, so nothing is kept that could go stale. What lies
-beyond its range is found while splitting and told by the magnitudes of lines and columns, which the patch reads.
+Where the format stage has exponents by line, they follow from the lines. One for the whole matrix comes from a sample
+of it in the same step, so nothing is kept that could go stale. What lies beyond the halves' range is found while
+splitting and told by the magnitudes of lines and columns, which the patch reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,9 +29,11 @@ SAMPLES, LOST = "samples", "lost"
 _THREADS, _COLUMNS, _LINES = 256, 512, 8
 _SAMPLE_BLOCKS = 2  # a multiprocessor, for each matrix
 _SPLIT_BLOCKS = 8  # a multiprocessor, for each matrix
+_OF_WARP, _ROWS_OF_BLOCKS = 1024, 16  # by line: elements that a warp holds; at most, as many blocks as a sample has
 _SHARE = 1 / 32  # of a matrix, in the sample: an eighth to a sixty-fourth
 _BANDWIDTH = 0.8  # of the chip's, that the split reaches
 _WARPS = 8  # of a product, that say whether they lost bits
+_BY_LINE = ", /*ByLine*/true"  # for structures where it is false unless given
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ class SplitOperand(Operand):
         """The C++ of what a kernel knows of the operand, from the parameters `parameter` and M, N, K."""
         extent = "M" if self.name == "a" else "N"
         lines, length = (extent, "K") if self.major == "K" else ("K", extent)
-        layout = f"{{{self.encoded.halves.planes}, {lines}, {length}}}"
-        by_line = boolean(self.major == "K")
-        return f"fusewright::SplitOperand::of({self.name}_halves, {layout}, /*ByLine*/{by_line})"
+        halves = self.encoded.halves
+        layout = f"{{{halves.planes}, {lines}, {length}{_BY_LINE if halves.by_line else ''}}}"
+        along_k = boolean(self.major == "K")
+        return f"fusewright::SplitOperand::of({self.name}_halves, {layout}, /*AlongK*/{along_k})"
 
 
 def _tensor_map(
@@ -125,33 +129,103 @@ def _tensor_map(
 
 
 def encode_program(step: Encode, chip: Chip) -> Program:
-    """Two launches, whatever the number of matrices: a look at a sample of each, then the split of all."""
-    blocks_of_sample = _SAMPLE_BLOCKS * chip.multiprocessors
-    samples = Buffer(SAMPLES, (len(step.matrices) * blocks_of_sample,), (1,), torch.int32, torch.device("meta"))
-    launches = (_sample(step, blocks_of_sample), _split(step, blocks_of_sample, chip))
+    """Whatever the number of matrices, one launch that splits those with exponents by line and looks at a sample of the
+    others, and one that splits these."""
+    by_line = [i for i, r in enumerate(step.results) if r.halves.by_line]
+    sampled = [i for i, r in enumerate(step.results) if not r.halves.by_line]
+    count = _SAMPLE_BLOCKS * chip.multiprocessors
+    samples = Buffer(SAMPLES, (len(sampled) * count,), (1,), torch.int32, torch.device("meta"))
+    rest, all_in_order = _part(step, sampled), _part(step, [*sampled, *by_line])
+    launches = [_split_lines(all_in_order, len(sampled), count) if by_line else _sample(rest, count)]
+    if sampled:
+        launches.append(_split(rest, count, chip))
     cost = sum(
-        split_seconds(evaluate_typical(r.halves.lines * r.halves.length), r.halves.planes, chip) for r in step.results
+        split_seconds(evaluate_typical(r.halves.lines * r.halves.length), r.halves.planes, chip, r.halves.by_line)
+        for r in step.results
     )
-    return Program(FAMILY, step, launches, (samples,), cost)
+    return Program(FAMILY, step, tuple(launches), (samples,) if sampled else (), cost)
 
 
-def split_seconds(elements: float, planes: int, chip: Chip) -> float:
-    """Predicted, for the sample and the split of a matrix; without planes for the sample alone."""
-    return elements * (4 * ((planes > 0) + _SHARE) + 2 * planes) / (chip.bandwidth * _BANDWIDTH)
+def _part(step: Encode, matrices: Sequence[int]) -> Encode:
+    return replace(
+        step,
+        matrices=tuple(step.matrices[i] for i in matrices),
+        results=tuple(step.results[i] for i in matrices),
+    )
+
+
+def split_seconds(elements: float, planes: int, chip: Chip, by_line: bool = False) -> float:
+    """Predicted, for the sample and the split of a matrix; without planes for the sample alone, by line without it."""
+    read = (planes > 0) + (0.0 if by_line else _SHARE)
+    return elements * (4 * read + 2 * planes) / (chip.bandwidth * _BANDWIDTH)
 
 
 def _sample(step: Encode, count: int) -> LaunchSpec:
-    body = [
-        f"fusewright::SplitMatrix matrix = {_matrix(step, 0)};",
-        *(f"if (blockIdx.y == {i}) matrix = {_matrix(step, i)};" for i in range(1, len(step.matrices))),
-        "fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);",
-    ]
+    body = [f"fusewright::SplitMatrix matrix = {_matrix(step, 0)};", *_look(step, len(step.matrices))]
     text = _text(
-        step, "sample", "Looks at a sample of each matrix, for its power of two.", ["int* __restrict__ samples"], body
+        step,
+        _kernel("sample", step),
+        "Looks at a sample of each matrix, for its power of two.",
+        ["int* __restrict__ samples"],
+        body,
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32, written=True))
     grid = (count, len(step.matrices), 1)
-    return _launch(_kernel(step, "sample"), text, grid, args, "look at a sample")
+    return _launch(_kernel("sample", step), text, grid, args, "look at a sample")
+
+
+def _look(step: Encode, matrices: int) -> list[str]:
+    """A row of blocks for each of the first so many matrices, the first of which is `matrix`."""
+    return [
+        *(f"if (blockIdx.y == {i}) matrix = {_matrix(step, i)};" for i in range(1, matrices)),
+        "fusewright::SplitF16::sample(matrix, samples + blockIdx.y * gridDim.x);",
+    ]
+
+
+def _split_lines(step: Encode, sampled: int, count: int) -> LaunchSpec:
+    """Rows of `count` blocks: one for each of the first `sampled` matrices, some for each of the others."""
+    lines = range(sampled, len(step.matrices))
+    name = _kernel("split_lines", _part(step, lines))
+    if sampled:
+        name += "_" + _kernel("sample", _part(step, range(sampled)))
+    body = [f"fusewright::SplitMatrix matrix = {_matrix(step, 0)};"]
+    if sampled:
+        body += [
+            f"if (blockIdx.y < {sampled}) {{",
+            *("    " + line for line in _look(step, sampled)),
+            "    return;",
+            "}",
+            f"matrix = {_matrix(step, sampled)};",
+        ]
+    body.append(f"int64_t row = blockIdx.y{f' - {sampled}' if sampled else ''}, rows = rows{sampled};")
+    for i in lines[1:]:
+        body += [
+            "if (row >= rows) {",
+            f"    row -= rows, rows = rows{i};",
+            f"    matrix = {_matrix(step, i)};",
+            "}",
+        ]
+    body.append("fusewright::SplitLines::split(matrix, int(row * gridDim.x + blockIdx.x), int(rows * gridDim.x));")
+    comment = "float32 → fp16 halves by each line's own power of two, and the largest magnitude of every line."
+    parameters = [*(["int* __restrict__ samples"] if sampled else []), *(f"int64_t rows{i}" for i in lines)]
+    if sampled:
+        comment += "\n// Looks at a sample of other matrices."
+    text = _text(step, name, comment, parameters, body, ", fusewright::SplitLines::kBlocks")
+    rows = [_rows_of_blocks(step.results[i], count) for i in lines]
+    args: list[Arg] = _matrix_args(step)
+    if sampled:
+        args.append(BufferArg(SAMPLES, torch.int32, written=True))
+    args += [SizeArg(r) for r in rows]
+    operators = ", ".join(step.operators[i] for i in lines)
+    return _launch(name, text, (count, sampled + sum(rows), 1), tuple(args), operators)
+
+
+def _rows_of_blocks(result: Encoded, count: int) -> Size:
+    """A block holds some lines at once; where it depends on a size how many, as if it were one: blocks too many have
+    nothing to do."""
+    length = result.halves.length
+    at_once = next((n for n in (8, 4, 2) if length * n <= 8 * _OF_WARP), 1) if isinstance(length, int) else 1
+    return smaller(blocks(result.halves.lines, at_once * count), _ROWS_OF_BLOCKS)
 
 
 def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
@@ -171,12 +245,11 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     body.append("fusewright::SplitF16::split(matrix, samples, int(samples_each), int(block), int(blocks));")
     parameters = ["const int* __restrict__ samples", "int64_t samples_each"]
     parameters += [f"int64_t blocks{i}" for i in range(len(counts))]
-    text = _text(
-        step, "split", "float32 → fp16 halves, and the largest magnitude of every line and column.", parameters, body
-    )
+    comment = "float32 → fp16 halves, and the largest magnitude of every line and column."
+    text = _text(step, _kernel("split", step), comment, parameters, body)
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32), SizeArg(count), *(SizeArg(c) for c in counts))
     grid = (sum(counts), 1, 1)
-    return _launch(_kernel(step, "split"), text, grid, args, ", ".join(step.operators))
+    return _launch(_kernel("split", step), text, grid, args, ", ".join(step.operators))
 
 
 def _split_blocks(result: Encoded, chip: Chip) -> Size:
@@ -187,12 +260,14 @@ def _split_blocks(result: Encoded, chip: Chip) -> Size:
     return strips * smaller(blocks(result.halves.lines, _LINES), filling)
 
 
-def _kernel(step: Encode, part: str) -> str:
+def _kernel(part: str, step: Encode) -> str:
     """Steps of as many matrices and planes share a kernel."""
     return "_".join([part, *(f"f16x{r.halves.planes}" for r in step.results)])
 
 
-def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body: Sequence[str]) -> str:
+def _text(
+    step: Encode, name: str, comment: str, parameters: Sequence[str], body: Sequence[str], bounds: str = ""
+) -> str:
     declared = [
         f"{kind}{i}"
         for i in range(len(step.matrices))
@@ -204,8 +279,8 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
             '#include "launch.cuh"',
             "",
             f"// {comment}",
-            f'extern "C" __global__ void __launch_bounds__({_THREADS})',
-            *call(_kernel(step, part), [*declared, *parameters], " {"),
+            f'extern "C" __global__ void __launch_bounds__({_THREADS}{bounds})',
+            *call(name, [*declared, *parameters], " {"),
             *("    " + line for line in (WAIT, *body)),
             "}",
             "",
@@ -214,7 +289,9 @@ def _text(step: Encode, part: str, comment: str, parameters: Sequence[str], body
 
 
 def _matrix(step: Encode, i: int) -> str:
-    return f"{{x{i}, stride{i}, lines{i}, length{i}, halves{i}, /*Planes*/{step.results[i].halves.planes}}}"
+    halves = step.results[i].halves
+    by_line = _BY_LINE if halves.by_line else ""
+    return f"{{x{i}, stride{i}, lines{i}, length{i}, halves{i}, /*Planes*/{halves.planes}{by_line}}}"
 
 
 def _matrix_args(step: Encode) -> list[Arg]:

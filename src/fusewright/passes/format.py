@@ -6,6 +6,9 @@ time once, and what is to be gained most from is a closure problem: a minimum cu
 "Maximal Closure of a Graph and Applications to Combinatorial Problems", 1976). A product may also round its right
 operand in registers and do without that split: the edge between the two has for its capacity what this costs. And
 where TF32's precision is allowed and lines run along K, one that reads no halves may read floats as they lie.
+
+Then it is known which way round each split is read. Where all its products sum along its lines, as in inference, each
+line has its own exponent: a product undoes exponents of its rows and columns, but none that change within a sum.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class Operand:
     source: Node
     flipped: bool  # the split matrix is itself the transpose of `source`
     turned: bool
+
+    def along_k(self, left: bool) -> bool:
+        """Whether a product of which it is the left operand, or else the right one, sums along its lines."""
+        return self.turned != left
 
     @property
     def alignment(self) -> int:
@@ -124,6 +131,19 @@ def _choose(
     return {node: ("split", b.source) in gaining for node, (_, b) in products.items() if node in gaining}
 
 
+def _by_line(products: dict[Node, tuple[Operand, Operand]], chosen: dict[Node, bool]) -> set[Node]:
+    """The sources whose planes are read along their lines alone."""
+    read: set[Node] = set()
+    across: set[Node] = set()
+    for node, right in chosen.items():
+        a, b = products[node]
+        for operand, left in ((a, True), (b, False)) if right else ((a, True),):
+            read.add(operand.source)
+            if not operand.along_k(left):
+                across.add(operand.source)
+    return read - across
+
+
 def _rebuild(
     graph: Graph,
     products: dict[Node, tuple[Operand, Operand]],
@@ -134,12 +154,17 @@ def _rebuild(
     builder = Builder()
     new: dict[Node, Node] = {}
     origins: dict[Node, frozenset[Origin]] = {}
+    lines = _by_line(products, chosen)
     for node in graph.nodes():
         inputs, attributes = [new[i] for i in node.inputs], dict(node.attributes)
         if node in chosen:
             operands, own = products[node], (planes, planes if chosen[node] else 0)
-            inputs += [_encoding(builder, new[o.source], o.flipped, p) for o, p in zip(operands, own, strict=True)]
-            attributes = {"planes": own, "transposed": tuple(o.turned for o in operands)}
+            by_line = tuple(p > 0 and o.source in lines for o, p in zip(operands, own, strict=True))
+            inputs += [
+                _encoding(builder, new[o.source], o.flipped, p, by)
+                for o, p, by in zip(operands, own, by_line, strict=True)
+            ]
+            attributes = {"planes": own, "transposed": tuple(o.turned for o in operands), "by_line": by_line}
         elif node in as_they_lie:
             attributes = {"tf32": True}
         new[node] = builder.node(node.op, inputs, node.type, **attributes)
@@ -151,7 +176,8 @@ def _rebuild(
     return encoded
 
 
-def _encoding(builder: Builder, source: Node, flipped: bool, planes: int) -> Node:
+def _encoding(builder: Builder, source: Node, flipped: bool, planes: int, by_line: bool) -> Node:
     matrix = builder.permute(source, (1, 0)) if flipped else source
     t = matrix.tensor
-    return builder.node("encode", (matrix,), Halves.of(t.shape, planes).type(t.device), planes=planes)
+    words = Halves.of(t.shape, planes, by_line).type(t.device)
+    return builder.node("encode", (matrix,), words, planes=planes, by_line=by_line)

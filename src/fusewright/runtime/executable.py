@@ -241,7 +241,7 @@ def _kept(step: Encode, sizes: Sizes, make: Sequence[Action]) -> Action:
     """Takes what an earlier call made of the same memory, if one did."""
     (matrix,), (result,) = step.matrices, step.results
     read = _strided(matrix, sizes)
-    layout = (_values((*matrix.shape, *matrix.stride), sizes), result.halves.planes)
+    layout = (_values((*matrix.shape, *matrix.stride), sizes), result.halves.planes, result.halves.by_line)
 
     def act(environment: Environment) -> None:
         def made() -> torch.Tensor:

@@ -87,9 +87,14 @@ def _by_planes(inference: Planned, parameters: Set[str], chip: Chip) -> Planned:
     if not without:
         return inference
     planes = max(result.halves.planes for _, result in pairs)
+    products = [r.gemm.encoded for r in plan.regions if r.gemm and r.gemm.encoded]
+    across = {e.buffer for a, b in products for e, left in ((a, True), (b, False)) if e.transposed == left}
 
     def filled(encoded: Encoded) -> Encoded:
-        return replace(encoded, halves=replace(encoded.halves, planes=planes)) if encoded.buffer in without else encoded
+        if encoded.buffer not in without:
+            return encoded
+        halves = replace(encoded.halves, planes=planes, by_line=encoded.buffer not in across)
+        return replace(encoded, halves=halves)
 
     def step(old: Step) -> Step:
         if isinstance(old, Encode):
