@@ -11,7 +11,7 @@ CUDA_SOURCE = r"""
 #include <cstring>
 #include <cuda_bf16.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_9d03d5dee05b {
+namespace fusewright_gemm_multiply_leakyrelu_720e6c507963 {
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -445,7 +445,7 @@ struct SplitLines {
             }
             kept = int(of_team(uint32_t(kept), warps, place + 2, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
             // A few elements far above the rest: where these meet zeros, the rest is the result. Left to the patch.
-            if (kept < 0) largest = kInfinity;
+            if (kept < 0) largest = max(largest, kInfinity);
             if (column == 0 && line < m.lines) m.halves[layout.line_magnitudes() + line] = int(largest);
         }
     }
@@ -2497,7 +2497,7 @@ bool can_overlap() {
 #endif
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_9d03d5dee05b
+}  // namespace fusewright_gemm_multiply_leakyrelu_720e6c507963
 """
 
 # Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
@@ -2517,7 +2517,7 @@ CPP_SOURCE = r"""
 #include <cuda_fp16.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_9d03d5dee05b {
+namespace fusewright_gemm_multiply_leakyrelu_720e6c507963 {
 
 // ======== the kernels, which are in CUDA_SOURCE
 
@@ -2988,7 +2988,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2996,7 +2996,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -3017,7 +3017,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::fused");
     return run.call(weight, bias, x);
 }
 
@@ -3026,7 +3026,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -3040,7 +3040,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -3052,13 +3052,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_9d03d5dee05b::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_720e6c507963, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -3066,7 +3066,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -3074,7 +3074,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -3082,13 +3082,13 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_9d03d5dee05b, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_9d03d5dee05b
+}  // namespace fusewright_gemm_multiply_leakyrelu_720e6c507963
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
@@ -3098,7 +3098,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_9d03d5dee05b",
+        name="fusewright_gemm_multiply_leakyrelu_720e6c507963",
         cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
         extra_cflags=["-O2"],
@@ -3130,9 +3130,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_9d03d5dee05b.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_9d03d5dee05b.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -3144,7 +3144,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_9d03d5dee05b.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

@@ -242,7 +242,7 @@ def test_every_tile_of_halves_by_line_compiles(whole: bool) -> None:
             assert "kByLineB = true" in source and f"kWhole = {str(whole).lower()}" in source
             check_compiles(program.launches[0])
             found.append(program.variant)
-    assert {str(t) for t in (*TILES[1], *IN_REGISTERS)} <= {*found}
+    assert {t.title(64) for t in (*TILES[1], *IN_REGISTERS)} <= {*found}
 
 
 def test_several_results_residuals_and_masks() -> None:

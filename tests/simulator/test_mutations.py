@@ -249,7 +249,7 @@ gemm(const __grid_constant__ fusewright::TensorMap a, const __grid_constant__ fu
 
 
 def gemm_sm90(simulator: Simulator) -> None:
-    """Of each cluster's two tiles, four steps of k through two stages: one product, three, one whose K two blocks share,
+    """Of each cluster's two tiles, four steps of k through two stages: one product, three, one whose K blocks share,
     and one in ping-pong."""
     n, k = 136, 200
     launches, calls = [], []

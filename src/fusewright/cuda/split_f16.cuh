@@ -324,7 +324,7 @@ struct SplitLines {
             }
             kept = int(of_team(uint32_t(kept), warps, place + 2, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
             // A few elements far above the rest: where these meet zeros, the rest is the result. Left to the patch.
-            if (kept < 0) largest = kInfinity;
+            if (kept < 0) largest = max(largest, kInfinity);
             if (column == 0 && line < m.lines) m.halves[layout.line_magnitudes() + line] = int(largest);
         }
     }
