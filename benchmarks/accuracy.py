@@ -3,8 +3,9 @@
     python benchmarks/accuracy.py [--quick] [--seconds S]
 
 Errors are against float64. "float32": our split products (F16x3; below their least depth the CUDA cores) over cuBLAS
-SGEMM. "tf32": F16x1 over cuBLAS with TF32 allowed. Each figure is the worst ratio of all seeds; `bias` is ours alone,
-the relative signed mean of the error.
+SGEMM. "tf32": F16x1 over cuBLAS with TF32 allowed. There each matrix has one exponent; "…, by line": w lies along K, as
+a Linear's weight does, and each row has its own. "tf32, as they lie": floats that copies round to TF32. Each figure is
+the worst ratio of all seeds; `bias` is ours alone, the relative signed mean of the error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +35,6 @@ DEPTHS = (1, 7, 16, 31, 64, 128, 129, 512, 1000, 4096, 16384)
 QUICK_DEPTHS = (31, 128, 512, 4096)
 SEEDS = 5
 EXACT, HALF_ULP = 1e-12, 2.0**-24
-PRECISIONS = {"float32": False, "tf32": True}
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -108,25 +109,56 @@ FAMILIES: dict[str, Draw] = {
 class Always(HalfProducts):
     """Reads halves wherever sums of them are accurate enough, whatever would be faster."""
 
-    def gain(self, m: float, n: float, k: float) -> float:
-        return max(super().gain(m, n, k), -1.0) + 1.0
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
+        return max(super().gain(m, n, k, direct), -1.0) + 1.0
 
     def split(self, elements: float) -> float:
         return 0.0
 
 
-def ours(tf32: bool) -> Callable[[Tensor, Tensor], Tensor]:
+class Never(HalfProducts):
+    """Reads no halves."""
+
+    def gain(self, m: float, n: float, k: float, direct: int) -> float:
+        return -1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """along: the right operand lies along K."""
+
+    tf32: bool = False
+    along: bool = False
+    kind: type[HalfProducts] = Always
+
+    def operand(self, w: Tensor) -> Tensor:
+        return w.T.contiguous() if self.along else w
+
+
+METHODS = {
+    "float32": Method(),
+    "float32, by line": Method(along=True),
+    "tf32": Method(tf32=True),
+    "tf32, by line": Method(tf32=True, along=True),
+    "tf32, as they lie": Method(tf32=True, along=True, kind=Never),
+}
+
+
+def ours(method: Method) -> Callable[[Tensor, Tensor], Tensor]:
     """The product by the Hopper family, or by the CUDA cores where it refuses."""
     device = torch.device("cuda", 0)
     target = GpuTarget.of(device)
 
     def compile_fx(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        plan = compiler.plan(from_fx(module), (), Always(target.chip, tf32, library=False))
+        plan = compiler.plan(from_fx(module), (), method.kind(target.chip, method.tf32, library=False))
         found = candidates(plan, target.chip, library=False, tensor_maps=True)
         chosen = {n: next((p for p in ps if p.family == "gemm_sm90"), ps[0]) for n, ps in found.items()}
         return make_boxed_func(Executable(plan, chosen, target, device))
 
-    return aot_function(lambda x, w: x @ w, fw_compiler=compile_fx, inference_compiler=compile_fx)  # type: ignore[no-any-return]
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return x @ (w.T if method.along else w)
+
+    return aot_function(product, fw_compiler=compile_fx, inference_compiler=compile_fx)  # type: ignore[no-any-return]
 
 
 def errors(found: Tensor, exact: Tensor, size: Tensor) -> dict[str, float]:
@@ -146,18 +178,21 @@ def errors(found: Tensor, exact: Tensor, size: Tensor) -> dict[str, float]:
 
 
 def one(family: str, k: int, seeds: int, calls: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> dict[str, Any]:
-    """By precision and metric: the worst ratio to cuBLAS's error; `bias`: ours."""
-    worst: dict[str, dict[str, float]] = {p: {} for p in PRECISIONS}
+    """By method and metric: the worst ratio to cuBLAS's error; `bias`: ours."""
+    worst: dict[str, dict[str, float]] = {name: {} for name in METHODS}
     for seed in range(seeds):
         torch.manual_seed(1000 * k + seed)
         x, w = FAMILIES[family](k)
         exact, size = x.double() @ w.double(), x.double().abs() @ w.double().abs()
-        for precision, allowed in PRECISIONS.items():
+        theirs = {}
+        for allowed in (False, True):
             torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-            mine, theirs = (errors(call(x, w), exact, size) for call in (calls[precision], torch.matmul))
-            ratios = {m: _ratio(mine[m], theirs[m]) for m in mine if m != "bias"}
+            theirs[allowed] = errors(x @ w, exact, size)
+        for name, method in METHODS.items():
+            mine = errors(calls[name](x, method.operand(w)), exact, size)
+            ratios = {m: _ratio(mine[m], theirs[method.tf32][m]) for m in mine if m != "bias"}
             for metric, value in (ratios | {"bias": abs(mine["bias"])}).items():
-                worst[precision][metric] = max(worst[precision].get(metric, 0.0), value)
+                worst[name][metric] = max(worst[name].get(metric, 0.0), value)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return worst
 
@@ -178,7 +213,7 @@ def main() -> None:
     depths, seeds = (QUICK_DEPTHS, 2) if options.quick else (DEPTHS, SEEDS)
     report: dict[str, Any] = {"environment": measure.environment(), "size": [M, N], "seeds": seeds, "products": {}}
     for k in depths:
-        calls = {precision: ours(tf32) for precision, tf32 in PRECISIONS.items()}
+        calls = {name: ours(method) for name, method in METHODS.items()}
         for family in FAMILIES:
             if time.monotonic() > end:
                 continue

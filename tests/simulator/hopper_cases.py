@@ -443,7 +443,8 @@ def floats_rounded_to_tf32(device: str) -> Result:
     out = torch.zeros(x.numel(), dtype=torch.int32, device=device)
     arg = replace(map_of(x, (32, 64, 1), 128), tf32=True)
     run("load", 64, [(arg, x.to(device)), 0, 0, 0, x.numel() * 4, out])
-    nearest = (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).where(x.isfinite(), bits & ~0x1FFF)
+    nearest = (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).where(x.isfinite(), bits)
+    nearest[x.isnan()] = 0x7FFFE000
     return out.cpu(), in_shared_memory(nearest.view(torch.int16), 128)
 
 

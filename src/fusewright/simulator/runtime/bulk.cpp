@@ -17,13 +17,13 @@ void swap_lines(const TensorMap& map, char* box, size_t offset, unsigned line, c
     }
 }
 
-// To nearest, ties to even; not in the PTX ISA.
+// To nearest, ties to even, and one NaN; not in the PTX ISA.
 void round_to_tf32(std::vector<char>& floats) {
     for (size_t i = 0; i < floats.size(); i += 4) {
         uint32_t bits;
         std::memcpy(&bits, &floats[i], 4);
-        if ((bits & 0x7f800000) != 0x7f800000) bits += 0xfff + (bits >> 13 & 1);
-        bits &= ~0x1fffu;
+        if ((bits & 0x7fffffff) > 0x7f800000) bits = 0x7fffe000;
+        else if ((bits & 0x7fffffff) < 0x7f800000) bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
         std::memcpy(&floats[i], &bits, 4);
     }
 }
