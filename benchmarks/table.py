@@ -78,8 +78,8 @@ def headline(result: Result) -> str:
         f"\nMilliseconds, median of {_trials(result)} trials. The floor: fp16 products at "
         f"{rates['fp16_flop_per_s'] / 1e12:.0f} TFLOP/s (three of them for float32), "
         f"copies at {rates['copy_bytes_per_s'] / 1e12:.1f} TB/s, both measured in the same run on large ones, which "
-        "heat the card: a short call may do better. Device alone: all of a call is queued beforehand, so that the device "
-        "never waits for the host.\n"
+        "heat the card: a short call may do better. Device alone: all of a call is queued beforehand, so that the "
+        "device never waits for the host.\n"
     )
     return grid(header, rows) + note + source(result)
 

@@ -11,7 +11,7 @@ CUDA_SOURCE = r"""
 #include <cstring>
 #include <cuda_bf16.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_720e6c507963 {
+namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a {
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -984,6 +984,77 @@ template <int kBlocksM, int kSums> struct LostBits {
 
 }  // namespace fusewright
 
+// ======== undo_scale.cuh
+// Sums of products of fp16 halves (split_f16.cuh) without the powers of two that the operands carry.
+
+namespace fusewright {
+
+// Takes a warp's sums as wgmma leaves them: of kBlocksM blocks, 64 rows apart, 16 rows and 2 · kSums columns each.
+// kByLineA, kByLineB: each row of A, or column of B, has a power of its own.
+template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScale {
+    const SplitOperand &a, &b;
+    const int64_t M, N;
+
+    // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not. m, n:
+    // the warp's first row, and the first column of `sums`.
+    __device__ __forceinline__ void apply(float (&sums)[kBlocksM][kSums], int m, int n) const {
+        if constexpr (kByLineA || kByLineB) {
+            by_line(sums, m, n);
+        } else {
+            const int exponent = -(*a.exponent + *b.exponent);
+            const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
+#pragma unroll
+            for (int block = 0; block < kBlocksM; ++block)
+#pragma unroll
+                for (int i = 0; i < kSums; ++i) sums[block][i] = sums[block][i] * half * rest;
+        }
+    }
+
+  private:
+    // A row's factor comes before the column's where it is less than 1, else after it: so no sum grows beyond what a
+    // float holds unless the result does. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
+    // and lanes ask each other: for each block again, or these wait in registers while the first block's epilogue runs.
+    __device__ __forceinline__ void by_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
+        const int lane = threadIdx.x % 32;
+        uint32_t pairs[(kSums + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < kSums; i += 32) {
+            const int column = n + 2 * (i + lane);
+            pairs[i / 32] = __float_as_uint(split_scale(-exponent_of_column(column))) >> 16 |
+                            __float_as_uint(split_scale(-exponent_of_column(column + 1)));
+        }
+#pragma unroll
+        for (int block = 0; block < kBlocksM; ++block) {
+            float before[2], after[2];
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+                const float of_row = split_scale(-exponent_of_row(m + block * 64 + upper * 8 + lane / 4));
+                before[upper] = fminf(of_row, 1), after[upper] = fmaxf(of_row, 1);
+            }
+#pragma unroll
+            for (int first = 0; first < 32; first += 4)
+#pragma unroll
+                for (int i = first; i < kSums; i += 32) {
+                    const uint32_t pair = __shfl_sync(~0u, pairs[i / 32], first + lane % 4);
+                    const float of_column[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        sums[block][i + j] = sums[block][i + j] * before[j / 2] * of_column[j % 2] * after[j / 2];
+                }
+        }
+    }
+
+    __device__ __forceinline__ int exponent_of_row(int row) const {
+        return a.exponent_at(kByLineA && row < M ? a.magnitudes[row] : 0);
+    }
+
+    __device__ __forceinline__ int exponent_of_column(int column) const {
+        return b.exponent_at(kByLineB && column < N ? b.magnitudes[column] : 0);
+    }
+};
+
+}  // namespace fusewright
+
 // ======== gemm_sm90.cuh
 // Matrix product with a generated epilogue on Hopper's tensor cores: epilogue(A [M, K] · B [K, N]).
 //
@@ -1326,7 +1397,7 @@ template <class Config> struct GemmSm90 {
                 float* slab = memory.slab(threadIdx.x / 32 - 4);
                 note_lost(operands, tiles.part(n), lost_bits(operands).found(sums, slab, m, n));
             }
-            undo_scale(sums, operands, m, n);
+            undo_scale(operands).apply(sums, m, n);
         }
         finish(sums, operands, memory, m, n, epilogue);
     }
@@ -1445,6 +1516,11 @@ template <class Config> struct GemmSm90 {
         return {x.split_a, x.split_b, x.M, x.N, x.K};
     }
 
+    __device__ __forceinline__ static UndoScale<kBlocksM, kPartSums, Config::kByLineA, Config::kByLineB> undo_scale(
+        const Operands& x) {
+        return {x.split_a, x.split_b, x.M, x.N};
+    }
+
     __device__ __forceinline__ static void note_lost(const Operands& operands, int64_t tile, bool lost) {
         constexpr int kFlags = 8 / kTileWarps;  // a warp
         const int lane = threadIdx.x % 32, warp = (threadIdx.x / 32 - 4) % kTileWarps;
@@ -1507,62 +1583,6 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static int slab_index(int row, int column) {
         const int chunk = column / 4;
         return row * kSlabColumns + (chunk ^ (row % 4) << 1 ^ chunk >> 3) * 4 + column % 4;
-    }
-
-    // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not. m, n:
-    // the warp's first row, and the first column of `sums`.
-    __device__ __forceinline__ static void undo_scale(Part& sums, const Operands& operands, int m, int n) {
-        if constexpr (Config::kByLineA || Config::kByLineB) {
-            undo_scale_by_line(sums, operands, m, n);
-        } else {
-            const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
-            const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
-#pragma unroll
-            for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-                for (int i = 0; i < kPartSums; ++i) sums[block][i] = sums[block][i] * half * rest;
-        }
-    }
-
-    // A row's factor comes before the column's where it is less than 1, else after it: so no sum grows beyond what a
-    // float holds unless the result does. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
-    // and lanes ask each other: for each block again, or these wait in registers while the first block's epilogue runs.
-    __device__ __forceinline__ static void undo_scale_by_line(Part& sums, const Operands& operands, int m, int n) {
-        const int lane = threadIdx.x % 32;
-        uint32_t pairs[(kPartSums + 31) / 32];
-#pragma unroll
-        for (int i = 0; i < kPartSums; i += 32) {
-            const int column = n + 2 * (i + lane);
-            pairs[i / 32] = __float_as_uint(split_scale(-exponent_of_column(operands, column))) >> 16 |
-                            __float_as_uint(split_scale(-exponent_of_column(operands, column + 1)));
-        }
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block) {
-            float before[2], after[2];
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-                const float of_row = split_scale(-exponent_of_row(operands, m + block * 64 + upper * 8 + lane / 4));
-                before[upper] = fminf(of_row, 1), after[upper] = fmaxf(of_row, 1);
-            }
-#pragma unroll
-            for (int first = 0; first < 32; first += 4)
-#pragma unroll
-                for (int i = first; i < kPartSums; i += 32) {
-                    const uint32_t pair = __shfl_sync(~0u, pairs[i / 32], first + lane % 4);
-                    const float of_column[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        sums[block][i + j] = sums[block][i + j] * before[j / 2] * of_column[j % 2] * after[j / 2];
-                }
-        }
-    }
-
-    __device__ __forceinline__ static int exponent_of_row(const Operands& x, int row) {
-        return x.split_a.exponent_at(Config::kByLineA && row < x.M ? x.split_a.magnitudes[row] : 0);
-    }
-
-    __device__ __forceinline__ static int exponent_of_column(const Operands& x, int column) {
-        return x.split_b.exponent_at(Config::kByLineB && column < x.N ? x.split_b.magnitudes[column] : 0);
     }
 
     // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.
@@ -2497,7 +2517,7 @@ bool can_overlap() {
 #endif
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_720e6c507963
+}  // namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a
 """
 
 # Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
@@ -2517,7 +2537,7 @@ CPP_SOURCE = r"""
 #include <cuda_fp16.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_720e6c507963 {
+namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a {
 
 // ======== the kernels, which are in CUDA_SOURCE
 
@@ -2988,7 +3008,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -2996,7 +3016,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -3017,7 +3037,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::fused");
     return run.call(weight, bias, x);
 }
 
@@ -3026,7 +3046,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -3040,7 +3060,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -3052,13 +3072,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_720e6c507963::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_720e6c507963, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_8f87a950264a, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -3066,7 +3086,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_720e6c507963, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -3074,7 +3094,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -3082,13 +3102,13 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_720e6c507963, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_720e6c507963
+}  // namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
@@ -3098,7 +3118,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_720e6c507963",
+        name="fusewright_gemm_multiply_leakyrelu_8f87a950264a",
         cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
         extra_cflags=["-O2"],
@@ -3130,9 +3150,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -3144,7 +3164,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_720e6c507963.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

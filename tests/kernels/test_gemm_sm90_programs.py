@@ -20,7 +20,8 @@ from fusewright.ir.encoding import Halves
 from fusewright.ir.size import Size
 from fusewright.kernels.base import Program, Refused
 from fusewright.kernels.choose import candidates, contenders
-from fusewright.kernels.gemm_sm90 import IN_REGISTERS, TILES, GemmSm90, HalfProducts, Tile
+from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
+from fusewright.kernels.gemm_sm90_tiles import IN_REGISTERS, TILES, Tile
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
 from graphs import planned

@@ -20,6 +20,7 @@
 #include "lost_bits.cuh"
 #include "sm90.cuh"
 #include "split_f16.cuh"
+#include "undo_scale.cuh"
 #include "vector.cuh"
 
 namespace fusewright {
@@ -345,7 +346,7 @@ template <class Config> struct GemmSm90 {
                 float* slab = memory.slab(threadIdx.x / 32 - 4);
                 note_lost(operands, tiles.part(n), lost_bits(operands).found(sums, slab, m, n));
             }
-            undo_scale(sums, operands, m, n);
+            undo_scale(operands).apply(sums, m, n);
         }
         finish(sums, operands, memory, m, n, epilogue);
     }
@@ -464,6 +465,11 @@ template <class Config> struct GemmSm90 {
         return {x.split_a, x.split_b, x.M, x.N, x.K};
     }
 
+    __device__ __forceinline__ static UndoScale<kBlocksM, kPartSums, Config::kByLineA, Config::kByLineB> undo_scale(
+        const Operands& x) {
+        return {x.split_a, x.split_b, x.M, x.N};
+    }
+
     __device__ __forceinline__ static void note_lost(const Operands& operands, int64_t tile, bool lost) {
         constexpr int kFlags = 8 / kTileWarps;  // a warp
         const int lane = threadIdx.x % 32, warp = (threadIdx.x / 32 - 4) % kTileWarps;
@@ -526,62 +532,6 @@ template <class Config> struct GemmSm90 {
     __device__ __forceinline__ static int slab_index(int row, int column) {
         const int chunk = column / 4;
         return row * kSlabColumns + (chunk ^ (row % 4) << 1 ^ chunk >> 3) * 4 + column % 4;
-    }
-
-    // Times 2^-(s_a + s_b), in two factors because the power itself may be out of range where the result is not. m, n:
-    // the warp's first row, and the first column of `sums`.
-    __device__ __forceinline__ static void undo_scale(Part& sums, const Operands& operands, int m, int n) {
-        if constexpr (Config::kByLineA || Config::kByLineB) {
-            undo_scale_by_line(sums, operands, m, n);
-        } else {
-            const int exponent = -(*operands.split_a.exponent + *operands.split_b.exponent);
-            const float half = split_scale(exponent / 2), rest = split_scale(exponent - exponent / 2);
-#pragma unroll
-            for (int block = 0; block < kBlocksM; ++block)
-#pragma unroll
-                for (int i = 0; i < kPartSums; ++i) sums[block][i] = sums[block][i] * half * rest;
-        }
-    }
-
-    // A row's factor comes before the column's where it is less than 1, else after it: so no sum grows beyond what a
-    // float holds unless the result does. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
-    // and lanes ask each other: for each block again, or these wait in registers while the first block's epilogue runs.
-    __device__ __forceinline__ static void undo_scale_by_line(Part& sums, const Operands& operands, int m, int n) {
-        const int lane = threadIdx.x % 32;
-        uint32_t pairs[(kPartSums + 31) / 32];
-#pragma unroll
-        for (int i = 0; i < kPartSums; i += 32) {
-            const int column = n + 2 * (i + lane);
-            pairs[i / 32] = __float_as_uint(split_scale(-exponent_of_column(operands, column))) >> 16 |
-                            __float_as_uint(split_scale(-exponent_of_column(operands, column + 1)));
-        }
-#pragma unroll
-        for (int block = 0; block < kBlocksM; ++block) {
-            float before[2], after[2];
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-                const float of_row = split_scale(-exponent_of_row(operands, m + block * 64 + upper * 8 + lane / 4));
-                before[upper] = fminf(of_row, 1), after[upper] = fmaxf(of_row, 1);
-            }
-#pragma unroll
-            for (int first = 0; first < 32; first += 4)
-#pragma unroll
-                for (int i = first; i < kPartSums; i += 32) {
-                    const uint32_t pair = __shfl_sync(~0u, pairs[i / 32], first + lane % 4);
-                    const float of_column[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        sums[block][i + j] = sums[block][i + j] * before[j / 2] * of_column[j % 2] * after[j / 2];
-                }
-        }
-    }
-
-    __device__ __forceinline__ static int exponent_of_row(const Operands& x, int row) {
-        return x.split_a.exponent_at(Config::kByLineA && row < x.M ? x.split_a.magnitudes[row] : 0);
-    }
-
-    __device__ __forceinline__ static int exponent_of_column(const Operands& x, int column) {
-        return x.split_b.exponent_at(Config::kByLineB && column < x.N ? x.split_b.magnitudes[column] : 0);
     }
 
     // Tells the compiler that a warp agrees on a number, which then lives in a uniform register.

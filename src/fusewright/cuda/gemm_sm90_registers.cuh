@@ -62,7 +62,7 @@ template <class Config> struct GemmSm90Registers {
                 lost |= loses_bits(sums, operands, slab, rows, m, n);
                 Gemm::note_lost(operands, tile(tiles, operands), lost);
             }
-            Gemm::undo_scale(sums, operands, m, n);
+            Gemm::undo_scale(operands).apply(sums, m, n);
             if (Gemm::kWhole || (m + 16 <= operands.M && n + kTileN <= operands.N))
                 turn<true>(sums[0], operands, slab, m, n, epilogue);
             else

@@ -29,8 +29,23 @@ from fusewright.ir.size import divides, evaluate_typical
 from fusewright.kernels import gemm_simt, gemm_skinny
 from fusewright.kernels.base import Program, Refused, boolean, comment, initialiser, translation_unit
 from fusewright.kernels.gemm_simt import blocks, gemm_launch, smaller, tiled
+from fusewright.kernels.gemm_sm90_tiles import (
+    ALL_COPIES,
+    IN_REGISTERS,
+    LAUNCH,
+    LINE,
+    STORE,
+    TILE_K,
+    TILES,
+    Copies,
+    Tile,
+    clusters_at_once,
+    copied,
+    multiplied,
+    seconds,
+    with_shared_k,
+)
 from fusewright.kernels.split_f16 import (
-    PANEL,
     Operand,
     SplitOperand,
     lost_arg,
@@ -41,14 +56,8 @@ from fusewright.kernels.split_f16 import (
 )
 
 ARCH = "sm_90a"
-THREADS, TILE_K = 384, 64
-_LINE = 16  # bytes: bulk copies want lines at multiples of it
-_SLAB = 32  # columns that a warp finishes at once, at least
+THREADS = 384
 _LEAST_K = {1: 64, 3: 128}  # by products: below, plain float32 is as fast or more accurate
-# Of multiprocessors, those that clusters of so many blocks use at once: what an H200 answers, which has 132 of them.
-_CLUSTERED = {1: 1.0, 2: 1.0, 3: 117 / 132, 4: 120 / 132}
-# Where K is shared: steps of it for each block, at least; tiles a multiprocessor, at most.
-_LEAST_SHARE, _FEW_TILES = 6, 2
 # Seldom runs, and always compiles.
 _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unroll=2)
 
@@ -56,105 +65,11 @@ _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unrol
 _TF32, _FP32 = 0.85, 0.72
 # Steps of the ring that floats take where 16-bit operands take one.
 _TF32_STEPS = 2
-# Seconds, for ranking: what a launch adds, and what an epilogue that overlaps with nothing does, by sums of a thread:
-# with nothing but a store to do, for each operation, for each function, and where tiles end beyond the result.
-_LAUNCH, _STORE, _OPERATION, _FUNCTION, _BOUNDED = 3e-6, 1e-6 / 128, 0.1e-6 / 128, 3e-6 / 128, 6e-6 / 128
-# And what the exchange between blocks that share K does, and the look at sums of halves, by sums of a thread.
-_EXCHANGED, _UNSCALED = 2e-6 / 128, 2.5e-6 / 128
+# Seconds that an epilogue takes for each operation, for each function, and for the look at sums of halves, by sums of a
+# thread.
+_OPERATION, _FUNCTION, _UNSCALED = 0.1e-6 / 128, 3e-6 / 128, 2.5e-6 / 128
 # Primitives of an instruction or two, as comparisons are; all others are functions.
 _SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one block computes. efficiency: share of the peak rate when the chip is full and copies keep up.
-
-    registers: the right operand is rounded in registers. ping_pong: each warpgroup computes whole tiles, in turn.
-    cluster: blocks that lie below each other, of which each fetches a part of the right operand for all. split: blocks
-    that share a tile's K.
-    """
-
-    m: int
-    n: int
-    efficiency: float
-    registers: bool = False
-    ping_pong: bool = False
-    cluster: int = 1
-    split: int = 1
-
-    def title(self, k: int) -> str:
-        """k: of a stage."""
-        how = " in registers" if self.registers else " ping-pong" if self.ping_pong else ""
-        pairs, split = " in pairs" if self.cluster == 2 else "", f" split-K {self.split}" if self.split > 1 else ""
-        return f"{self.m}×{self.n}×{k}{how}{pairs}{split}"
-
-    @property
-    def blocks(self) -> int:
-        """Of a cluster."""
-        return self.cluster * self.split
-
-    @property
-    def part(self) -> int:
-        """Columns that a block finishes."""
-        return self.n // self.split
-
-    @property
-    def sums(self) -> int:
-        """How many a thread holds."""
-        return self.m * self.n // (128 if self.ping_pong else 256)
-
-    def panel(self, major: str) -> int:
-        """Lines of a right operand of `major` that one bulk copy brings."""
-        return math.gcd(PANEL, self.n // self.cluster) if major == "K" else PANEL
-
-    def pairs(self, major: str) -> bool:
-        """Whether two blocks can fetch equal parts of a right operand of `major`."""
-        return major == "K" or -(-self.n // PANEL) % 2 == 0
-
-    def splits(self, products: int, major: str) -> list[int]:
-        """Among how many blocks it can share its K: each finishes whole slabs, and what it gets from the others fits a
-        stage."""
-        if self.registers or self.ping_pong:
-            return []
-        room = sum(self.stage(products, major))
-        wanted = (s for s in (2, 3, 4) if self.n % (s * _SLAB) == 0 and s * self.cluster in _CLUSTERED)
-        return [s for s in wanted if (s - 1) * self.m * self.n // s * 4 <= room]
-
-    def stage(self, products: int, major: str) -> tuple[int, int]:
-        """Bytes of the left and of the right operand, of `major`, in a stage of the ring: whole panels."""
-        columns = self.n if major == "K" else -(-self.n // PANEL) * PANEL
-        line = TILE_K * 2 * (2 if products == 3 else 1)
-        return self.m * line, columns * line * (2 if self.registers else 1)
-
-    def ring(self, products: int, vector: int, major: str, chip: Chip) -> tuple[int, int]:
-        """How many stages fit, and `kSharedBytes` of the kernels: the ring, the warps' slabs, the barriers, and room to
-        align."""
-        rest, stage = 8 * 16 * 8 * vector * 4 + 2 * 8 + 1024, sum(self.stage(products, major)) + 2 * 8
-        stages = (chip.shared_bytes - rest) // stage
-        return stages, rest + stages * stage
-
-
-# By number of products. Efficiencies as measured (docs/lab/gemm.md, step 27). 256×192 would spill.
-TILES = {
-    1: (
-        Tile(128, 256, 0.81),
-        Tile(256, 128, 0.80),
-        Tile(128, 128, 0.77, ping_pong=True),
-        Tile(128, 128, 0.77),
-        Tile(256, 160, 0.81),
-        Tile(128, 224, 0.79),
-        Tile(128, 192, 0.79),
-        Tile(128, 160, 0.77),
-        Tile(128, 96, 0.70),
-        Tile(128, 64, 0.48),
-    ),
-    3: (Tile(128, 128, 0.80), Tile(128, 96, 0.74), Tile(128, 64, 0.64)),
-}
-IN_REGISTERS = (Tile(256, 128, 0.67, registers=True), Tile(128, 128, 0.50, registers=True))
-
-# Bytes a second that bulk copies bring to one multiprocessor, and to all, by what lines of an operand lie at multiples
-# of, in bytes (step 27). Where that is 128 copies are seldom the limit.
-_COPIES, _ALL_COPIES = 100e9, ((128, 13.2e12), (64, 10.6e12), (32, 9.3e12), (_LINE, 5.6e12))
 
 
 @dataclass(frozen=True)
@@ -222,7 +137,7 @@ class HalfProducts:
         otherwise = self._otherwise(m, n, k)
         if self.tf32 and direct:
             otherwise = min(otherwise, self._best(m, n, _TF32_STEPS * k, TILES[1], direct))
-        return otherwise - self._best(m, n, k, TILES[self.products], epilogue=_STORE + _UNSCALED) - _LAUNCH
+        return otherwise - self._best(m, n, k, TILES[self.products], epilogue=STORE + _UNSCALED) - LAUNCH
 
     def registers(self, m: float, n: float, k: float) -> float:
         if self.products != 1:
@@ -231,15 +146,15 @@ class HalfProducts:
         return max(0.0, longer) + split_seconds(k * n, 0, self.chip)
 
     def split(self, elements: float) -> float:
-        return split_seconds(elements, self.planes, self.chip) + 2 * _LAUNCH
+        return split_seconds(elements, self.planes, self.chip) + 2 * LAUNCH
 
     def _best(
-        self, m: float, n: float, k: float, tiles: Sequence[Tile], alignment: int = 128, epilogue: float = _STORE
+        self, m: float, n: float, k: float, tiles: Sequence[Tile], alignment: int = 128, epilogue: float = STORE
     ) -> float:
-        rate = dict(_ALL_COPIES)[alignment]
+        rate = dict(ALL_COPIES)[alignment]
         copies = Copies("K", rate, rate)
-        tiles = (*tiles, *_shared(tiles, m, n, k, self.products, "K", self.chip))
-        return min(_seconds(m, n, k, tile, self.products, copies, self.chip, epilogue) for tile in tiles)
+        tiles = (*tiles, *with_shared_k(tiles, m, n, k, self.products, "K", self.chip))
+        return min(seconds(m, n, k, tile, self.products, copies, self.chip, epilogue) for tile in tiles)
 
     def _otherwise(self, m: float, n: float, k: float) -> float:
         """Our float32 on the CUDA cores, or torch's: tiles of 64, with TF32 of 128, a multiprocessor for each. Of few
@@ -249,7 +164,7 @@ class HalfProducts:
             return min(gemm_simt.seconds(m, n, k, self.chip), skinny)
         tile, rate = (128, self.chip.fp16 / 2 * _TF32) if self.tf32 else (64, self.chip.fp32 * _FP32)
         waves = math.ceil(math.ceil(m / tile) * math.ceil(n / tile) / self.chip.multiprocessors)
-        return min(waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors) + _LAUNCH, skinny)
+        return min(waves * 2 * tile * tile * k / (rate / self.chip.multiprocessors) + LAUNCH, skinny)
 
 
 def _products(gemm: Gemm) -> int:
@@ -285,7 +200,7 @@ def _pairs(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
     products, all_of = _products(gemm), chip.multiprocessors
 
     def waits(tile: Tile) -> bool:
-        return _copied(tile, products, Copies.of(a, b, tile), all_of) > _multiplied(tile, products, chip)
+        return copied(tile, products, Copies.of(a, b, tile), all_of) > multiplied(tile, products, chip)
 
     # Of one row of tiles the second block would have nothing to do.
     return [replace(t, cluster=2) for t in tiles if waits(t) and t.pairs(b.major) and blocks(a.extent, t.m) != 1]
@@ -298,28 +213,12 @@ def _splits(gemm: Gemm, tiles: Sequence[Tile], chip: Chip) -> list[Tile]:
         return []
     a, b = _split_operands(gemm) if gemm.encoded else _operands(gemm)
     m, n = (evaluate_typical(o.extent) for o in (a, b))
-    return _shared(tiles, m, n, k * TILE_K // _stage_k(gemm), _products(gemm), b.major, chip)
-
-
-def _shared(tiles: Sequence[Tile], m: float, n: float, k: float, products: int, major: str, chip: Chip) -> list[Tile]:
-    """Tiles whose K is shared, where they are few and each block gets steps enough."""
-
-    def pays(tile: Tile) -> bool:
-        wanted = -(-m // (tile.m * tile.cluster)) * -(-n // tile.n)
-        return wanted <= _FEW_TILES * chip.multiprocessors and k >= tile.split * _LEAST_SHARE * TILE_K
-
-    shared = (replace(tile, split=s) for tile in tiles for s in tile.splits(products, major))
-    return [tile for tile in shared if pays(tile)]
-
-
-def _clusters_at_once(tile: Tile, chip: Chip) -> int:
-    """Larger clusters than pairs do not use the chip up: each lies within one of its parts."""
-    return int(chip.multiprocessors * _CLUSTERED[tile.blocks]) // tile.blocks
+    return with_shared_k(tiles, m, n, k * TILE_K // _stage_k(gemm), _products(gemm), b.major, chip)
 
 
 def _copies_in_bulk(operand: Operand) -> bool:
     stride = operand.line_stride
-    return stride != 0 and divides(_LINE // operand.itemsize, stride) is not None
+    return stride != 0 and divides(LINE // operand.itemsize, stride) is not None
 
 
 def _direct_program(family: str, region: Region, tile: Tile, chip: Chip) -> Program:
@@ -344,7 +243,7 @@ def _split_program(family: str, region: Region, tile: Tile, chip: Chip) -> Progr
     least = _LEAST_K[3] if _products(gemm) == 3 else 1
     guard = patch_guard(a, b, (_PATCH.tile_m, _PATCH.tile_n), (tile.m, tile.part), least, chip)
     launches = (_launch(region, tile, a, b, chip), gemm_launch(region, _PATCH, guard=guard))
-    seconds = _region_seconds(region, tile, a, b, chip) + _LAUNCH
+    seconds = _region_seconds(region, tile, a, b, chip) + LAUNCH
     workspaces = (lost_flags(_parts(a, b, tile)),)
     return Program(family, region, launches, workspaces, seconds, variant=tile.title(_stage_k(gemm)))
 
@@ -407,7 +306,7 @@ def _parts(a: Operand, b: Operand, tile: Tile) -> Size:
 def _clusters(a: Operand, b: Operand, tile: Tile, k: Size, chip: Chip) -> Size:
     """As many as there is work for, at most as many as run at once; none where there is nothing to sum."""
     wanted = blocks(a.extent, tile.m * tile.cluster) * blocks(b.extent, tile.n)
-    return smaller(wanted * (1 if isinstance(k, int) else sympy.Min(k, 1)), _clusters_at_once(tile, chip))
+    return smaller(wanted * (1 if isinstance(k, int) else sympy.Min(k, 1)), clusters_at_once(tile, chip))
 
 
 def _unaligned(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, epilogue: bool) -> LaunchSpec | None:
@@ -450,34 +349,6 @@ def _vector(region: Region, tile: Tile) -> int:
     return 8 if eight and tile.part % 64 == 0 and not tile.registers else 4
 
 
-# ---- Cost
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Of a product's operands: the right one's major, and bytes of each that all multiprocessors get in a second."""
-
-    major: str
-    left: float
-    right: float
-
-    @classmethod
-    def of(cls, a: Operand, b: Operand, tile: Tile) -> Copies:
-        return cls(b.major, _copy_rate(a, PANEL), _copy_rate(b, tile.n))
-
-    def seconds(self, left: int, right: int, active: float, cluster: int) -> float:
-        """To bring so much of each operand to as many multiprocessors as are active, the right one once a cluster."""
-        return left / min(_COPIES, self.left / active) + right / min(_COPIES, self.right * cluster / active)
-
-
-def _copy_rate(operand: Operand, width: int) -> float:
-    """width: of the tile; where lines run across K copies begin at multiples of it. What cannot be copied in bulk
-    counts as the slowest."""
-    line, known = operand.line_stride * operand.itemsize, operand.major == "K"
-    rates = (r for s, r in _ALL_COPIES if divides(s, line) is not None and (known or width * operand.itemsize % s == 0))
-    return next(rates, _ALL_COPIES[-1][1])
-
-
 def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip) -> float:
     gemm = region.gemm
     assert gemm is not None
@@ -485,36 +356,5 @@ def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Ch
     k *= TILE_K // _stage_k(gemm)
     computed = [e.op for e in walk(s.value for s in region.sinks) if isinstance(e, Apply)]
     functions = sum(op not in _SIMPLE and not PRIMITIVES[op].boolean for op in computed)
-    epilogue = _STORE + _OPERATION * (len(computed) - functions) + _FUNCTION * functions
-    return _seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, epilogue)
-
-
-def _multiplied(tile: Tile, products: int, chip: Chip) -> float:
-    """Of the tensor cores, for one step of the ring."""
-    flops = 2 * tile.m * tile.n * products * TILE_K
-    return flops / (chip.fp16 / chip.multiprocessors * tile.efficiency)
-
-
-def _copied(tile: Tile, products: int, copies: Copies, active: float) -> float:
-    """Of the copies that bring a step's operands to so many multiprocessors."""
-    return copies.seconds(*tile.stage(products, copies.major), active, tile.cluster)
-
-
-def _seconds(
-    m: float, n: float, k: float, tile: Tile, products: int, copies: Copies, chip: Chip, epilogue: float = _STORE
-) -> float:
-    """Predicted: waves of whole tiles, the last of what is left over; and each wave's epilogue, of so many seconds a
-    sum. In ping-pong all epilogues but the last run beside products, as far as these last. Tiles that end beyond the
-    result finish late. Blocks that share K take their steps of it each, and their share of the epilogue."""
-    steps, at_once = -(-k // (TILE_K * tile.split)), _clusters_at_once(tile, chip) * tile.blocks
-    full, rest = divmod(-(-m // (tile.m * tile.cluster)) * tile.blocks * -(-n // tile.n), at_once)
-
-    def wave(tiles: float) -> float:
-        return steps * max(_multiplied(tile, products, chip), _copied(tile, products, copies, tiles)) if tiles else 0.0
-
-    waves, main = full + (rest > 0), full * wave(at_once) + wave(rest)
-    finish = tile.sums / tile.split * epilogue + (tile.sums * _EXCHANGED if tile.split > 1 else 0.0)
-    late = tile.sums / tile.split * _BOUNDED if m % tile.m or n % tile.n else 0.0
-    if tile.ping_pong:
-        return _LAUNCH + main + max(0.0, (finish - main / waves) / 2) * (waves - 1) + finish + late
-    return _LAUNCH + main + waves * finish + late
+    epilogue = STORE + _OPERATION * (len(computed) - functions) + _FUNCTION * functions
+    return seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, epilogue)
