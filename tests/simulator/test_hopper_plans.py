@@ -70,6 +70,24 @@ def test_float32_products_of_halves(built: list[Executable], monkeypatch: pytest
     assert families(built)[1:] == ["gemm_sm90"]
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(0, 256, 128), (64, 0, 128), (64, 256, 0)], ids=str)
+def test_products_of_nothing_and_without_results(
+    shape: tuple[int, int, int], dtype: torch.dtype, precision: str
+) -> None:
+    torch._dynamo.reset()
+    call = torch.compile(headline, backend="fusewright", options={"simulate": True, "arch": "sm_90a"})
+    m, n, k = shape
+    x, w, bias = (torch.randn(s).to(dtype) for s in ((m, k), (n, k), (n,)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        torch.testing.assert_close(call(x, w, bias), headline(x, w, bias))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def several(x: torch.Tensor, w: torch.Tensor, tile: torch.Tensor) -> list[torch.Tensor]:
     y = x @ w
     return [F.relu(y) + tile, y, y > 0]

@@ -130,7 +130,7 @@ def with_shared_k(
 
 def clusters_at_once(tile: Tile, chip: Chip) -> int:
     """Larger clusters than pairs do not use the chip up: each lies within one of its parts."""
-    return int(chip.multiprocessors * _CLUSTERED[tile.blocks]) // tile.blocks
+    return max(1, int(chip.multiprocessors * _CLUSTERED[tile.blocks]) // tile.blocks)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def seconds(
     def wave(tiles: float) -> float:
         return steps * max(multiplied(tile, products, chip), copied(tile, products, copies, tiles)) if tiles else 0.0
 
-    waves, main = full + (rest > 0), full * wave(at_once) + wave(rest)
+    waves, main = max(1, full + (rest > 0)), full * wave(at_once) + wave(rest)
     finish = tile.sums / tile.split * epilogue + (tile.sums * _EXCHANGED if tile.split > 1 else 0.0)
     late = tile.sums / tile.split * _BOUNDED if m % tile.m or n % tile.n else 0.0
     if tile.ping_pong:
