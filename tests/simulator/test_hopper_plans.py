@@ -200,19 +200,22 @@ def test_floats_are_rounded_to_tf32_as_they_are_copied(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_share_k(dtype: torch.dtype, built: list[Executable], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of float32 by halves a row has lost bits, of which only the flags of the part of a tile tell that it lies in."""
+    """Of float32 by halves a column has lost bits, of which only the flags of its part of a tile tell. Columns of the
+    patch's other tile are not computed again: their error is below that of float32 sums."""
     prefer("128×64×64 split-K 2", monkeypatch)
     monkeypatch.setattr(HalfProducts, "gain", lambda *_: 1.0)
     call = torch.compile(
         lambda x, w: torch.relu(x @ w.T), backend="fusewright", options={"simulate": True, "arch": "sm_90a"}
     )
     torch.manual_seed(0)
-    x, w = torch.randn(136, 800), torch.randn(104, 800)
-    x[20] *= 2.0**-24
+    x, w, powers = torch.randn(136, 800), torch.randn(168, 800), torch.exp2(torch.randint(0, 41, (800,)).float())
+    x *= powers
+    w[140] /= powers
     x, w = x.to(dtype), w.to(dtype)
     result, exact = call(x, w).double(), torch.relu(x.double() @ w.double().T)
-    error = (result - exact).norm(dim=1) / exact.norm(dim=1)
+    error = (result - exact).abs() / (x.double().abs() @ w.double().abs().T)
     assert error.max() < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert dtype == torch.bfloat16 or error[:, :128].max() < 1.5e-7
     (program,) = (p for p in built[0].programs.values() if p.family == "gemm_sm90")
     assert program.launches[0].cluster == (2, 1, 1)
 
