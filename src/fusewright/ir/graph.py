@@ -9,7 +9,7 @@ Node kinds (`Node.op`):
 | constant | | value | one scalar, broadcast to whatever reads it |
 | a primitive of `ir.primitives` | same shape each, or constants | implicit (cast only) | applied to each element |
 | reshape, permute, expand, slice | one | shape; dims; shape; dim, start, step | an index map, never a copy |
-| matmul | [M, K], [K, N] | | [M, N], in the accumulator's dtype |
+| matmul | [M, K], [K, N] | tf32 (if it may be) | [M, N], in the accumulator's dtype; floats may be rounded to TF32 |
 | matmul | also an encoding of each | planes, transposed, by_line | the same; of a, b: its, whether turned beside it |
 | encode | float32 [lines, length], lines contiguous | planes, by_line | its fp16 halves in one buffer (`ir.encoding`) |
 | sum | one | dims | sum over `dims`, which are removed; in the accumulator's dtype |
