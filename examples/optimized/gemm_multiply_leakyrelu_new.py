@@ -11,7 +11,7 @@ CUDA_SOURCE = r"""
 #include <cstring>
 #include <cuda_bf16.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a {
+namespace fusewright_gemm_multiply_leakyrelu_80ad6a8325dc {
 
 // ======== vector.cuh
 // Loads and stores of V consecutive elements by one thread, guarded at the end of a row, and bit masks.
@@ -443,7 +443,7 @@ struct SplitLines {
                         write(values[i], scale, hi + at + i * step, m.planes == 2, m.lines * layout.padded());
                 }
             }
-            kept = int(of_team(uint32_t(kept), warps, place + 2, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
+            kept = int(of_team(uint32_t(kept), warps, place, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
             // A few elements far above the rest: where these meet zeros, the rest is the result. Left to the patch.
             if (kept < 0) largest = max(largest, kInfinity);
             if (column == 0 && line < m.lines) m.halves[layout.line_magnitudes() + line] = int(largest);
@@ -498,7 +498,7 @@ struct SplitLines {
     // where others still read.
     template <class Reduce>
     __device__ __forceinline__ static uint32_t of_team(uint32_t x, int warps, int place, Reduce reduce) {
-        __shared__ uint32_t of_warp[4][kWarps];
+        __shared__ uint32_t of_warp[2][kWarps];  // for each `Reduce`
         x = reduce(x);
         if (warps == 1) return x;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -901,8 +901,8 @@ template <int kBlocksM, int kSums> struct LostBits {
 
     // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
     // alone, where magnitudes may lie: they are read first. Each look is for fewer warps and takes longer than the one
-    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on),
-    // beside the largest that they are (one in five hundred), and all sums by line.
+    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on,
+    // fewer where lines have their own exponents), beside the largest that they are (one in five hundred), and all by line.
     __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll
@@ -1012,7 +1012,7 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
 
   private:
     // A row's factor comes before the column's where it is less than 1, else after it: so no sum grows beyond what a
-    // float holds unless the result does. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
+    // float holds unless the result does. Nor does it vanish: of a factor below 2^-64 the rest comes after. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
     // and lanes ask each other: for each block again, or these wait in registers while the first block's epilogue runs.
     __device__ __forceinline__ void by_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
         const int lane = threadIdx.x % 32;
@@ -1025,12 +1025,10 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
         }
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-            float before[2], after[2];
+            float of_row[2];
 #pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-                const float of_row = split_scale(-exponent_of_row(m + block * 64 + upper * 8 + lane / 4));
-                before[upper] = fminf(of_row, 1), after[upper] = fmaxf(of_row, 1);
-            }
+            for (int upper = 0; upper < 2; ++upper)
+                of_row[upper] = split_scale(-exponent_of_row(m + block * 64 + upper * 8 + lane / 4));
 #pragma unroll
             for (int first = 0; first < 32; first += 4)
 #pragma unroll
@@ -1039,8 +1037,13 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
                     const float of_column[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        sums[block][i + j] = sums[block][i + j] * before[j / 2] * of_column[j % 2] * after[j / 2];
+                        sums[block][i + j] = sums[block][i + j] * fminf(fmaxf(of_row[j / 2], 0x1p-64f), 1) *
+                                             of_column[j % 2] * fmaxf(of_row[j / 2], 1);
                 }
+            if (__any_sync(~0u, fminf(of_row[0], of_row[1]) < 0x1p-64f)) {
+#pragma unroll
+                for (int i = 0; i < kSums; ++i) sums[block][i] *= fminf(of_row[i / 2 % 2] * 0x1p64f, 1);
+            }
         }
     }
 
@@ -2517,7 +2520,7 @@ bool can_overlap() {
 #endif
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a
+}  // namespace fusewright_gemm_multiply_leakyrelu_80ad6a8325dc
 """
 
 # Compiled apart, so that nvcc reads nothing of torch, which takes it far longer than the kernels do.
@@ -2537,7 +2540,7 @@ CPP_SOURCE = r"""
 #include <cuda_fp16.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a {
+namespace fusewright_gemm_multiply_leakyrelu_80ad6a8325dc {
 
 // ======== the kernels, which are in CUDA_SOURCE
 
@@ -3008,7 +3011,7 @@ struct Fused : torch::autograd::Function<Fused> {
     static at::Tensor forward(torch::autograd::AutogradContext* context,
         const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& x) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::forward");
+        static const auto run = operation<decltype(fusewright_forward)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::forward");
         const auto results = run.call(weight, bias, x);
         context->save_for_backward({weight, x, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
         return std::get<0>(results);
@@ -3016,7 +3019,7 @@ struct Fused : torch::autograd::Function<Fused> {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
         torch::autograd::variable_list gradients) {
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::backward");
         const auto saved = context->get_saved_variables();
         const std::vector<size_t> places{0, 1, 2};  // of the arguments that have gradients
         std::vector<int64_t> wanted;
@@ -3037,7 +3040,7 @@ at::Tensor fused_autograd(const at::Tensor& weight, const at::Tensor& bias, cons
         return outputs;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::fused");
+    static const auto run = operation<decltype(fusewright_fused)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::fused");
     return run.call(weight, bias, x);
 }
 
@@ -3046,7 +3049,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     static torch::autograd::variable_list forward(torch::autograd::AutogradContext*,
         const at::Tensor& weight, const at::Tensor& x, const at::Tensor& saved, const at::Tensor& saved2, const at::Tensor& mask, const at::Tensor& grad, std::vector<int64_t> wanted) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
+        static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::backward");
         return run.call(weight, x, saved, saved2, mask, grad, wanted);
     }
 
@@ -3060,7 +3063,7 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& weight, const at::Te
     if (at::GradMode::is_enabled() && (weight.requires_grad() || x.requires_grad() || saved.requires_grad() || saved2.requires_grad() || mask.requires_grad() || grad.requires_grad()))
         return FirstDerivative::apply(weight, x, saved, saved2, mask, grad, wanted.vec());
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::backward");
+    static const auto run = operation<decltype(fusewright_backward)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::backward");
     return run.call(weight, x, saved, saved2, mask, grad, wanted);
 }
 
@@ -3072,13 +3075,13 @@ at::Tensor frozen_autograd(const at::Tensor& weight, const at::Tensor& bias, con
                 "the model is frozen, so what is made of its parameters is kept, and a call cannot have gradients: "
                 "call it under torch.no_grad(), or call its method thaw() to train it");
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_8f87a950264a::frozen");
+    static const auto run = operation<decltype(fusewright_frozen)>("fusewright_gemm_multiply_leakyrelu_80ad6a8325dc::frozen");
     return run.call(weight, bias, x, halves1);
 }
 
 }  // namespace
 
-TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_8f87a950264a, library) {
+TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_80ad6a8325dc, library) {
     library.def("fused(Tensor weight, Tensor bias, Tensor x) -> Tensor");
     library.def("forward(Tensor weight, Tensor bias, Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
     library.def("backward(Tensor weight, Tensor x, Tensor saved, Tensor saved2, Tensor mask, Tensor grad, int[] wanted) -> Tensor[]");
@@ -3086,7 +3089,7 @@ TORCH_LIBRARY(fusewright_gemm_multiply_leakyrelu_8f87a950264a, library) {
     library.def("frozen(Tensor weight, Tensor bias, Tensor x, Tensor halves1) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, CUDA, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_80ad6a8325dc, CUDA, library) {
     library.impl("fused", fusewright_fused);
     library.impl("forward", fusewright_forward);
     library.impl("backward", fusewright_backward);
@@ -3094,7 +3097,7 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, CUDA, librar
     library.impl("frozen", fusewright_frozen);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, Meta, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_80ad6a8325dc, Meta, library) {
     library.impl("fused", fusewright_fused_meta);
     library.impl("forward", fusewright_forward_meta);
     library.impl("backward", fusewright_backward_meta);
@@ -3102,13 +3105,13 @@ TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, Meta, librar
     library.impl("frozen", fusewright_frozen_meta);
 }
 
-TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_8f87a950264a, Autograd, library) {
+TORCH_LIBRARY_IMPL(fusewright_gemm_multiply_leakyrelu_80ad6a8325dc, Autograd, library) {
     library.impl("fused", fused_autograd);
     library.impl("backward", backward_autograd);
     library.impl("frozen", frozen_autograd);
 }
 
-}  // namespace fusewright_gemm_multiply_leakyrelu_8f87a950264a
+}  // namespace fusewright_gemm_multiply_leakyrelu_80ad6a8325dc
 """
 
 if torch.cuda.is_available():  # without a GPU the file can be imported and read, and its models built, but not run
@@ -3118,7 +3121,7 @@ if torch.cuda.is_available():  # without a GPU the file can be imported and read
             "or with `fusewright optimize --arch` for this GPU"
         )
     load_inline(
-        name="fusewright_gemm_multiply_leakyrelu_8f87a950264a",
+        name="fusewright_gemm_multiply_leakyrelu_80ad6a8325dc",
         cpp_sources=CPP_SOURCE,
         cuda_sources=CUDA_SOURCE,
         extra_cflags=["-O2"],
@@ -3150,9 +3153,9 @@ class ModelNew(nn.Module):
         ] != [2.0, 0.1]:
             raise ValueError("these kernels were written for multiplier = 2.0, leaky_relu.negative_slope = 0.1")
         if self._halves:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_80ad6a8325dc.frozen(self.gemm.weight, self.gemm.bias, x, *self._halves)
         else:
-            return torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.fused(self.gemm.weight, self.gemm.bias, x)
+            return torch.ops.fusewright_gemm_multiply_leakyrelu_80ad6a8325dc.fused(self.gemm.weight, self.gemm.bias, x)
 
     # Between `freeze` and `thaw`: the fp16 halves of float32 parameters.
     _halves = ()
@@ -3164,7 +3167,7 @@ class ModelNew(nn.Module):
         gradients, and the parameters must not change. Moving the model, or loading a state dict into it, thaws it.
         """
         with torch.no_grad():
-            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_8f87a950264a.split(self.gemm.weight),)
+            self._halves = (torch.ops.fusewright_gemm_multiply_leakyrelu_80ad6a8325dc.split(self.gemm.weight),)
         torch.cuda.synchronize(self._halves[0].device)  # whichever stream reads them
         size = sum(halves.numel() * halves.element_size() for halves in self._halves)
         print(f"freeze: keeps {size:,} bytes on the GPU, beside the parameters")

@@ -484,6 +484,16 @@ def test_nothing_is_out_of_range_on_the_way_to_a_result(row: int, column: int, d
     assert ((result.double() - exact).abs() <= exact.abs() * 1e-6 + 2.0**-148).all()
 
 
+def test_nothing_vanishes_on_the_way_to_a_result(device: str) -> None:
+    """The row's factor alone, 2^-126, would take this sum below all numbers; the column's brings it back."""
+    config = replace(by_line("f16x3"), stages=2)
+    x, w = torch.zeros(128, 64), torch.zeros(128, 64)
+    x[5, 0], x[5, 1] = 2.0**-112, 2.0**-140
+    w[9, 1], w[9, 2] = 2.0**99, 2.0**127
+    a, b = (Operand(config, 128, 64, "K", device, values, True) for values in (x, w))
+    assert multiply(config, a, b, torch.zeros(128, device=device), 1.0, 1.0)[5, 9] == 2.0**-41
+
+
 @pytest.mark.gpu
 def test_patch_recomputes_what_the_halves_cannot_hold() -> None:
     m, n, k = 1024, 768, 512

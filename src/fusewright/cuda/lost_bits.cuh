@@ -17,8 +17,8 @@ template <int kBlocksM, int kSums> struct LostBits {
 
     // All lanes call it and are told the same. m, n: the first row and column. slab: 2 KB of shared memory for the warp
     // alone, where magnitudes may lie: they are read first. Each look is for fewer warps and takes longer than the one
-    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on),
-    // beside the largest that they are (one in five hundred), and all sums by line.
+    // before: the smallest sum beside the largest that operands can be (of normal data one warp in thirty goes on,
+    // fewer where lines have their own exponents), beside the largest that they are (one in five hundred), and all by line.
     __device__ __forceinline__ bool found(float (&sums)[kBlocksM][kSums], float* slab, int m, int n) const {
         float smallest = 0x1p126f;  // but for zeros
 #pragma unroll

@@ -322,7 +322,7 @@ struct SplitLines {
                         write(values[i], scale, hi + at + i * step, m.planes == 2, m.lines * layout.padded());
                 }
             }
-            kept = int(of_team(uint32_t(kept), warps, place + 2, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
+            kept = int(of_team(uint32_t(kept), warps, place, [](uint32_t x) { return __reduce_add_sync(~0u, x); }));
             // A few elements far above the rest: where these meet zeros, the rest is the result. Left to the patch.
             if (kept < 0) largest = max(largest, kInfinity);
             if (column == 0 && line < m.lines) m.halves[layout.line_magnitudes() + line] = int(largest);
@@ -377,7 +377,7 @@ struct SplitLines {
     // where others still read.
     template <class Reduce>
     __device__ __forceinline__ static uint32_t of_team(uint32_t x, int warps, int place, Reduce reduce) {
-        __shared__ uint32_t of_warp[4][kWarps];
+        __shared__ uint32_t of_warp[2][kWarps];  // for each `Reduce`
         x = reduce(x);
         if (warps == 1) return x;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -27,7 +27,7 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
 
   private:
     // A row's factor comes before the column's where it is less than 1, else after it: so no sum grows beyond what a
-    // float holds unless the result does. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
+    // float holds unless the result does. Nor does it vanish: of a factor below 2^-64 the rest comes after. A lane finds the factors of a pair of columns, whose upper 16 bits say all,
     // and lanes ask each other: for each block again, or these wait in registers while the first block's epilogue runs.
     __device__ __forceinline__ void by_line(float (&sums)[kBlocksM][kSums], int m, int n) const {
         const int lane = threadIdx.x % 32;
@@ -40,12 +40,10 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
         }
 #pragma unroll
         for (int block = 0; block < kBlocksM; ++block) {
-            float before[2], after[2];
+            float of_row[2];
 #pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-                const float of_row = split_scale(-exponent_of_row(m + block * 64 + upper * 8 + lane / 4));
-                before[upper] = fminf(of_row, 1), after[upper] = fmaxf(of_row, 1);
-            }
+            for (int upper = 0; upper < 2; ++upper)
+                of_row[upper] = split_scale(-exponent_of_row(m + block * 64 + upper * 8 + lane / 4));
 #pragma unroll
             for (int first = 0; first < 32; first += 4)
 #pragma unroll
@@ -54,8 +52,13 @@ template <int kBlocksM, int kSums, bool kByLineA, bool kByLineB> struct UndoScal
                     const float of_column[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        sums[block][i + j] = sums[block][i + j] * before[j / 2] * of_column[j % 2] * after[j / 2];
+                        sums[block][i + j] = sums[block][i + j] * fminf(fmaxf(of_row[j / 2], 0x1p-64f), 1) *
+                                             of_column[j % 2] * fmaxf(of_row[j / 2], 1);
                 }
+            if (__any_sync(~0u, fminf(of_row[0], of_row[1]) < 0x1p-64f)) {
+#pragma unroll
+                for (int i = 0; i < kSums; ++i) sums[block][i] *= fminf(of_row[i / 2 % 2] * 0x1p64f, 1);
+            }
         }
     }
 

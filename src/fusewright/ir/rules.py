@@ -82,6 +82,9 @@ def _matmul(node: Node) -> str | None:
     (m, k), (k2, n) = (i.tensor.shape for i in operands)
     if not same(k, k2) or node.tensor.shape != (m, n):
         return "inner dimensions differ"
+    tf32 = dict(node.attributes).get("tf32", False)
+    if tf32 and (encodings or any(o.tensor.dtype != torch.float32 for o in operands)):
+        return "reads what are no floats as TF32"
     if not encodings:
         return None
     if len(encodings) != 2:

@@ -78,11 +78,11 @@ def encode_operands(graph: Graph, capabilities: Capabilities, kept: Iterable[Nod
     """Gives products encodings of their operands wherever that pays. kept: inputs whose splits cost nothing here."""
     products = {node: found for node in graph.nodes() if (found := _operands(node)) is not None}
     chosen = _choose(products, capabilities, set(kept))
-    as_they_lie = {n for n, o in products.items() if capabilities.tf32 and n not in chosen and _along_k(*o)}
+    as_they_lie = {n for n, o in products.items() if capabilities.tf32 and n not in chosen and _common_alignment(*o)}
     return _rebuild(graph, products, chosen, as_they_lie, capabilities.planes) if chosen or as_they_lie else graph
 
 
-def _along_k(a: Operand, b: Operand) -> int:
+def _common_alignment(a: Operand, b: Operand) -> int:
     """Bytes that the lines of both operands lie at multiples of, as far as copies care, where they run along K; else 0,
     as where copies do not take them."""
     return min(a.alignment, b.alignment) if b.turned and not a.turned else 0
@@ -116,7 +116,7 @@ def _choose(
         (m, k), n = node.inputs[0].tensor.shape, node.inputs[1].tensor.shape[1]
         sizes = [evaluate_typical(s) for s in (m, n, k)]
         a, b = operands
-        gain = capabilities.gain(sizes[0], sizes[1], sizes[2], _along_k(a, b))
+        gain = capabilities.gain(sizes[0], sizes[1], sizes[2], _common_alignment(a, b))
         if gain <= 0:
             continue
         network.add_edge("source", node, capacity=gain)
