@@ -125,7 +125,9 @@ def test_tf32_reads_planes() -> None:
     """Calls round the weight in registers, which is slower than reading its halves, but for their split."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusewright.tools.optimize, "tf32_allowed", lambda: True)
-        file = written(MODELS["float32 halves"].replace("torch.rand(1024,", "torch.rand(2048,"))
+        # Large enough that halves pay: smaller ones read floats as they lie.
+        text = MODELS["float32 halves"].replace("torch.rand(1024,", "torch.rand(2048,")
+        file = written(text.replace("nn.Linear(2048, 1024)", "nn.Linear(2048, 4096)"))
     (fused, *_), (split, frozen) = file.emitted.planned, file.emitted.frozen
     assert [[r.halves.planes for r in e.results] for e in fused.plan.encodes] == [[1, 0]], "no longer a test"
     assert [[r.halves.planes for r in e.results] for p in (split, frozen) for e in p.plan.encodes] == [[1], [1]]
@@ -133,7 +135,7 @@ def test_tf32_reads_planes() -> None:
     assert (
         "registers" in fused.programs[region.name].variant and "registers" not in frozen.programs[region.name].variant
     )
-    words = 1024 * 2048 // 2 + 1024
+    words = 4096 * 2048 // 2 + 4096
     assert kept(file.emitted.frozen) == 4 * words and "Results keep TF32's precision" in file.text
     assert complaints(file.text) == []
     text = file.text.split(" fusewright_frozen(")[1].split("\n}\n")[0]
