@@ -200,11 +200,12 @@ class Features:
 
 def _when_nobody_traces(call: Any, x: Tensor) -> Any:
     """While one thread traces, torch refuses compiled models in all of them, whatever their backend."""
+    end = time.monotonic() + 60
     while True:
         try:
             return call(x)
         except RuntimeError as error:
-            if "FX to symbolically trace" not in str(error):
+            if "FX to symbolically trace" not in str(error) or time.monotonic() > end:
                 raise
             time.sleep(0.01)
 

@@ -182,6 +182,25 @@ def test_what_is_simulated_is_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -
     assert ran == {"gemm_sm90"} and outcome.kernels is not None and outcome.kernels.passed
 
 
+def test_where_no_halves_are_shipped_none_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats are read as they lie where lines run along K, and nothing is split for the other products either."""
+    monkeypatch.setattr(fusewright.tools.optimize, "tf32_allowed", lambda: True)
+    shipped = written(MODELS["float32 halves"]).emitted.planned[:1]
+    assert shipped[0].plan.regions[0].gemm.tf32 and not shipped[0].plan.encodes, "no longer a test"  # type: ignore[union-attr]
+    plans: list[Any] = []
+
+    class Recorded(Executable):
+        def __init__(self, plan: Any, *rest: Any) -> None:
+            plans.append(plan)
+            super().__init__(plan, *rest)
+
+    monkeypatch.setattr(plan_check, "Executable", Recorded)
+    outcome = check(reduced(), chip_for("sm_90a"), shipped, schedules=1)
+    assert len(plans) == 3 and not any(p.encodes for p in plans)
+    assert any(r.gemm and r.gemm.tf32 for p in plans for r in p.regions)
+    assert outcome.kernels is not None and outcome.kernels.passed
+
+
 def reduced() -> Small:
     """A Linear with an activation, ragged."""
 

@@ -71,7 +71,7 @@ class _Always:
     tf32: bool
 
     def gain(self, m: float, n: float, k: float, direct: int) -> float:
-        return -1.0 if self.tf32 and direct else 1.0
+        return -1.0 if not self.planes or (self.tf32 and direct) else 1.0
 
     def registers(self, m: float, n: float, k: float) -> float:
         return 0.0 if self.rounded else math.inf
@@ -87,7 +87,7 @@ def check(small: Small, chip: Chip, shipped: Sequence[Planned], schedules: int) 
     target = SimulatorTarget(chip, max(1, schedules))
     planes = [r.halves.planes for p in shipped for e in p.plan.encodes for r in e.results if target.tensor_maps]
     direct = any(r.gemm is not None and r.gemm.tf32 for p in shipped for r in p.plan.regions)
-    always = _Always(max(planes, default=1), 0 in planes, direct) if planes or direct else None
+    always = _Always(max(planes, default=0), 0 in planes, direct) if planes or direct else None
     captured = capture(small.model, small.inputs, capabilities=always)
     planned = plan_model(captured, chip, library=False, variants=variants_of(shipped), tensor_maps=target.tensor_maps)
     inputs = _signed(small.inputs)

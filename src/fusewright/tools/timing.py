@@ -4,7 +4,7 @@ Candidates take turns within one process, in an order that is drawn anew for eve
 heats the chip, so it must not always be the same one. Each trial writes 256 MB first, so that nothing of the
 candidate's is left in the L2 cache; a median of at least 50 trials is given with its spread. A call is timed as it is
 in a loop: right after another of the same candidate, for which nobody waits. (A host that has just waited for the
-device is slow to begin again, by as much as 0.1 ms, whatever it calls.)
+device is slow to begin again, whatever it calls.)
 """
 
 from __future__ import annotations
