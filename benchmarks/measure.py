@@ -53,6 +53,16 @@ def write(name: str, result: Mapping[str, Any]) -> Path:
     return path
 
 
+def read_same(name: str, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What results/<name>.json has. Raises ValueError where other code or another machine gave it."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    then = found["environment"]
+    other = [key for key in environment if key not in ("when", "card") and environment[key] != then.get(key)]
+    if other:
+        raise ValueError(f"{name}.json is of another {', '.join(other)}: measure everything anew")
+    return found
+
+
 @contextmanager
 def recorded() -> Iterator[list[Any]]:
     """Collects what the compiler builds: an Executable or a Tuned for each graph."""

@@ -58,7 +58,7 @@ STEPS = (
     program("accuracy", 120, "--quick", budgeted=True),
     program("epilogues", 75, "--quick", budgeted=True),
     program("sweep", 180, "--quick", budgeted=True),
-    program("zoo", 400, "--quick", budgeted=True),
+    program("zoo", 600, "--quick", budgeted=True),
     program("tower", 75, "--quick", budgeted=True),
     program("training", 90, "--quick", budgeted=True),
 )

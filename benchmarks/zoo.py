@@ -1,23 +1,30 @@
 """The model files of benchmarks/zoo/ beside eager and torch.compile, forward and training. Writes results/zoo.json.
 
-    python benchmarks/zoo.py [--quick] [--seconds 300] [--only MODEL ...]
+    python benchmarks/zoo.py [--quick] [--seconds 600] [--only MODEL ...] [--add]
 
 forward+backward gives the gradients of every input and parameter. In 16 bits, where the host may take longer than the
-device, everything is measured with CUDA graphs on both sides, too. max-autotune takes minutes of search: it is added
-last, model by model, while time is left, and not at all with --quick. Errors are against float64, as ratios to eager's.
+device, everything is measured with CUDA graphs on both sides, too. max-autotune searches when its model is measured,
+with the card to itself: only its kernels are compiled beforehand. --quick leaves it out, and takes fewer trials. --add
+keeps the models that the file has, if the same code was measured on the same machine. Errors are against float64, as
+ratios to eager's.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._inductor.runtime.benchmarking import benchmarker
+from torch._inductor.utils import clear_caches
 
 import measure
 from common import (
@@ -38,8 +45,10 @@ from fusewright.capture import model_file
 ZOO = Path(__file__).resolve().parent / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST = 0.97  # no model may be slower than this
-TRIALS = 20
 SHARE = 0.5  # of the time, at most, goes into compilation before anything is measured
+INDUCTORS_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# Triton's own default, so that Inductor does not put it into its cache.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 EAGER, OURS, AUTOTUNE = "eager", "fusewright", "inductor max-autotune"
 REPLAYED = "fusewright, CUDA graphs"
@@ -67,25 +76,49 @@ def subject(task: Task, candidate: str) -> Subject:
 
 
 def candidates(task: Task) -> list[str]:
-    """With CUDA graphs only where they are compared."""
+    """With CUDA graphs only where they are compared; without max-autotune."""
     ours = [name for dtype, name, _ in COMPARED.values() if dtype == task[1]]
-    return [name for name in COMPILED if name not in GRAPHS or REPLAYED in ours]
+    return [name for name in COMPILED if name != AUTOTUNE and (name not in GRAPHS or REPLAYED in ours)]
 
 
-def prepare(task: Task, trials: int) -> Callable[[], dict[str, Any]]:
-    """Compiles every candidate but max-autotune for forward and training, without tuning ours."""
-    subjects = {name: subject(task, name).training() for name in candidates(task) if name != AUTOTUNE}
+def prepare(task: Task, trials: int, autotune: bool) -> Callable[[], dict[str, Any]]:
+    """Compiles every candidate for forward and training, without tuning ours."""
+    subjects = {name: subject(task, name).training() for name in candidates(task)}
     for mode in MODES:
         for name, candidate in subjects.items():
             with compiling_only() if name in (OURS, REPLAYED) else nullcontext():
                 candidate.run(mode)()
             candidate.reset()
+    if autotune:
+        with choosing_anew(), patch.object(benchmarker, "benchmark_gpu", lambda *_, **__: 1.0):
+            attempt(partial(searched, task))
     torch.cuda.synchronize()
-    return partial(one, subjects, trials)
+    return partial(one, task, subjects, trials, autotune)
 
 
-def one(subjects: Mapping[str, Subject], trials: int) -> dict[str, Any]:
+@contextmanager
+def choosing_anew() -> Iterator[None]:
+    """Inside, max-autotune knows no earlier choice, and none is remembered; Triton's compiled kernels are."""
+    with tempfile.TemporaryDirectory() as empty, patch.dict(os.environ, {INDUCTORS_CACHE: empty}):
+        clear_caches()
+        yield
+    clear_caches()
+
+
+def searched(task: Task) -> Subject:
+    """max-autotune, after its search."""
+    found = subject(task, AUTOTUNE).training()
+    for mode in MODES:
+        found.run(mode)()
+        found.reset()
+    return found
+
+
+def one(task: Task, subjects: Mapping[str, Subject], trials: int, autotune: bool) -> dict[str, Any]:
     """Timings by mode, errors, and the kernels that eager and ours launch in a forward and a backward."""
+    if autotune:
+        with choosing_anew():
+            subjects = {**subjects, AUTOTUNE: searched(task)}
     others = {name: s for name, s in subjects.items() if name != EAGER}
     found: dict[str, Any] = {"modes": {}, "kernels": {}}
     found["errors"] = attempt(partial(errors, others, subjects[EAGER]))
@@ -95,12 +128,6 @@ def one(subjects: Mapping[str, Subject], trials: int) -> dict[str, Any]:
         timed = measure.interleaved({name: s.candidate(mode) for name, s in subjects.items()}, trials)
         found["modes"][mode] = {"timings": timed}
     return found
-
-
-def searched(task: Task, trials: int) -> dict[str, Any]:
-    """The same with max-autotune among the candidates, whose search needs the device to itself."""
-    torch._dynamo.reset()
-    return one({name: subject(task, name).training() for name in candidates(task)}, trials)
 
 
 def _kernels(subject: Subject, mode: str) -> int:
@@ -154,12 +181,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(path.stem for path in ZOO.glob("*.py"))
     parser.add_argument("--quick", action="store_true", help="fewer trials, no max-autotune")
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="MODEL")
+    parser.add_argument("--add", action="store_true")
     options = parser.parse_args()
-    budget, trials = Budget(options.seconds), 10 if options.quick else TRIALS
+    budget, trials = Budget(options.seconds), 12 if options.quick else measure.TRIALS
     tasks = [(model, dtype) for model in options.only for dtype in DTYPES]
     report: dict[str, Any] = {"environment": measure.environment(), "models": {}, "summary": {}}
+    if options.add:
+        report["models"] = measure.read_same("zoo", report["environment"])["models"]
 
     def keep(task: Task, found: dict[str, Any]) -> None:
         compared = {task[1]: found} if "failed" in found else comparisons(task[1], found)
@@ -169,13 +199,9 @@ def main() -> None:
         for name, result in compared.items():
             _print(task[0], name, result)
 
-    for task, found in measured_in_turn(partial(prepare, trials=trials), tasks, budget, SHARE):
+    preparing = partial(prepare, trials=trials, autotune=not options.quick)
+    for task, found in measured_in_turn(preparing, tasks, budget, SHARE):
         keep(task, found)
-    for task in tasks if not options.quick else ():
-        if budget.spent:
-            print(f"time is up: no max-autotune for {task}", flush=True)
-        elif "failed" not in (found := attempt(partial(searched, task, trials))):
-            keep(task, found)
     print(report["summary"])
 
 

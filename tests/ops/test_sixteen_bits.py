@@ -16,6 +16,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mish": F.mish,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "celu": partial(F.celu, alpha=0.7),
 }
 DEVICES = [pytest.param("cpu", id="simulator"), pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -54,6 +54,7 @@ VANISH: dict[str, Callable[[Value], Value]] = {
     "1 * x": lambda x: 1 * x,
     "x * 1.0": lambda x: x * 1.0,
     "x / 1": lambda x: x / 1,
+    "x / 1, narrow": lambda x: x.apply("div_narrow", x, 1),
     "x - 0": lambda x: x - 0,
     "-(-x)": lambda x: x.apply("neg", -x),
     "where(c, x, x)": lambda x: where(x > 0, x, x),

@@ -9,6 +9,18 @@ namespace narrow {
 
 __device__ __forceinline__ float exp(float x) { return approximate_exp2(x * 1.44269504f); }
 
+// Small arguments, where e^x - 1 cancels, have the first four terms of the series.
+__device__ __forceinline__ float expm1(float x) {
+    const float p = fmaf(x, fmaf(x, fmaf(x, 1.0f / 24.0f, 1.0f / 6.0f), 0.5f), 1.0f);
+    return fabsf(x) < 0x1p-3f ? x * p : exp(x) - 1.0f;
+}
+
+// Of x that is at least 0, or NaN. Small arguments, where 1 + x loses them, have the first four terms of the series.
+__device__ __forceinline__ float log1p(float x) {
+    const float p = fmaf(x, fmaf(x, fmaf(x, -1.0f / 4.0f, 1.0f / 3.0f), -0.5f), 1.0f);
+    return x < 0x1p-4f ? x * p : approximate_log2(1.0f + x) * 0.693147181f;
+}
+
 // Of b that is at least 1, or NaN.
 __device__ __forceinline__ float reciprocal(float b) { return approximate_reciprocal(b); }
 __device__ __forceinline__ float quotient(float a, float b) { return a * approximate_reciprocal(b); }

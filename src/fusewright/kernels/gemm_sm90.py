@@ -65,11 +65,12 @@ _PATCH = gemm_simt.Config(128, 128, 8, 16, 8, resident=2, efficiency=0.69, unrol
 _TF32, _FP32 = 0.85, 0.72
 # Steps of the ring that floats take where 16-bit operands take one.
 _TF32_STEPS = 2
-# Seconds that an epilogue takes for each operation, for each function, and for the look at sums of halves, by sums of a
-# thread.
-_OPERATION, _FUNCTION, _UNSCALED = 0.1e-6 / 128, 3e-6 / 128, 2.5e-6 / 128
+# Seconds that an epilogue takes for each operation, for each function and each narrow one, and for the look at sums of
+# halves, by sums of a thread.
+_OPERATION, _FUNCTION, _NARROW, _UNSCALED = 0.1e-6 / 128, 3e-6 / 128, 1.5e-6 / 128, 2.5e-6 / 128
 # Primitives of an instruction or two, as comparisons are; all others are functions.
 _SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
+_NARROW_FUNCTIONS = {p.narrow for p in PRIMITIVES.values()}
 
 
 @dataclass(frozen=True)
@@ -355,6 +356,12 @@ def _region_seconds(region: Region, tile: Tile, a: Operand, b: Operand, chip: Ch
     m, n, k = (evaluate_typical(s) for s in (a.extent, b.extent, gemm.a.shape[1]))
     k *= TILE_K // _stage_k(gemm)
     computed = [e.op for e in walk(s.value for s in region.sinks) if isinstance(e, Apply)]
-    functions = sum(op not in _SIMPLE and not PRIMITIVES[op].boolean for op in computed)
-    epilogue = STORE + _OPERATION * (len(computed) - functions) + _FUNCTION * functions
+    epilogue = STORE + sum(_computed_seconds(op) for op in computed)
     return seconds(m, n, k, tile, _products(gemm), Copies.of(a, b, tile), chip, epilogue)
+
+
+def _computed_seconds(op: str) -> float:
+    """Of an epilogue for one primitive, by sums of a thread."""
+    if op in _SIMPLE or PRIMITIVES[op].boolean:
+        return _OPERATION
+    return _NARROW if op in _NARROW_FUNCTIONS else _FUNCTION

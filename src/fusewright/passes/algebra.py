@@ -103,6 +103,7 @@ ALGEBRA = RuleSet(
         Rule("x * 1 = x", Pattern("mul", ("x", _number(1))), _keep),
         Rule("1 * x = x", Pattern("mul", (_number(1), "x")), _keep),
         Rule("x / 1 = x", Pattern("div", ("x", _number(1))), _keep),
+        Rule("x / 1 = x, narrow", Pattern("div_narrow", ("x", _number(1))), _keep),
         Rule("x - 0 = x", Pattern("sub", ("x", _number(0))), _keep),
         Rule("-(-x) = x", Pattern("neg", (Pattern("neg", ("x",)),)), _keep),
         Rule("not not x = x", Pattern("not", (Pattern("not", ("x",)),)), _keep),

@@ -2,9 +2,9 @@
 
 Candidates take turns within one process, in an order that is drawn anew for every round: what ran before a candidate
 heats the chip, so it must not always be the same one. Each trial writes 256 MB first, so that nothing of the
-candidate's is left in the L2 cache; a median of at least 50 trials is given with its spread. A call is timed as it is
-in a loop: right after another of the same candidate, for which nobody waits. (A host that has just waited for the
-device is slow to begin again, whatever it calls.)
+candidate's is left in the L2 cache; a median of at least 50 trials is given with its spread. Calls are timed as they
+are in a loop: one after the other of the same candidate, without a wait between them, and after one that does not
+count. (A host that has just waited for the device is slow to begin again, whatever it calls.)
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fusewright.errors import raised
 
 WARM_UPS = 10
 TRIALS = 50
+IN_A_ROW = 4  # trials of a candidate's turn
 FLUSH_BYTES = 256 << 20
 DEVICE = "cuda"
 _HEAD_START = 20_000_000  # clock cycles, about 10 ms, that the device idles while the host queues work
@@ -82,10 +83,10 @@ def interleaved(
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
-    for trial in range(trials):
-        progress(trial, trials)
+    for done in range(0, trials, IN_A_ROW):
+        progress(done, trials)
         for name in order.sample(names, len(names)):
-            times[name].append(_trial(candidates[name], flush, queued))
+            times[name] += _turn(candidates[name], flush, min(IN_A_ROW, trials - done), queued)
     measured = {name: asdict(Timing.of(times[name])) for name in names}
     return measured | {name: {"failed": why} for name, why in failed.items()}
 
@@ -101,23 +102,23 @@ def _warm_up(candidate: Candidate) -> str | None:
     return None
 
 
-def _trial(candidate: Candidate, flush: torch.Tensor, queued: bool) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    candidate.prepare()
+def _turn(candidate: Candidate, flush: torch.Tensor, trials: int, queued: bool) -> list[float]:
+    events = []
     torch.cuda.synchronize()
-    if queued:
-        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
-    else:
-        flush.zero_()
-        candidate.run()
+    for _ in range(1 + trials):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         candidate.prepare()
-    flush.zero_()
-    start.record()
-    result = candidate.run()
-    end.record()
-    end.synchronize()
-    del result
-    return float(start.elapsed_time(end))
+        if queued:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+        flush.zero_()
+        start.record()
+        result = candidate.run()
+        end.record()
+        del result
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [float(start.elapsed_time(end)) for start, end in events[1:]]
 
 
 def host_microseconds(run: Callable[[], Any], calls: int = 200, batches: int = 25) -> dict[str, float]:

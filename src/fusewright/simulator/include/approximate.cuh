@@ -15,4 +15,11 @@ __device__ __forceinline__ float approximate_exp2(float x) {
     return r < 0x1p-126f ? 0.0f : r;
 }
 
+// As far off as it may be.
+__device__ __forceinline__ float approximate_log2(float x) {
+    if (fabsf(x) < 0x1p-126f) return -HUGE_VALF;
+    const float r = log2f(x);
+    return x > 0.5f && x < 2.0f ? r + 0x1p-22f : nextafterf(r, HUGE_VALF);
+}
+
 }  // namespace fusewright
