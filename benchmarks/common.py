@@ -155,14 +155,8 @@ def errors(subjects: Mapping[str, Subject], eager: Subject) -> dict[str, dict[st
 
 def launched(run: Callable[[], Any]) -> list[str]:
     """The names of the kernels that the device ran, in order."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
     noise = ("Memcpy", "Memset", "Context", "Torch-Compiled", "##")
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [e.name for e in on_device if not e.is_user_annotation and not e.name.startswith(noise)]
+    return [e.name for e in measure.profiled(run) if not e.name.startswith(noise)]
 
 
 class Compiled(Exception):

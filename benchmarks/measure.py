@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+# Else the profiler leaves CUPTI attached, and every later launch of the process takes the host twice as long.
+os.environ["TEARDOWN_CUPTI"] = "1"
+_PROFILED = (torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU)
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:
@@ -61,6 +65,16 @@ def read_same(name: str, environment: Mapping[str, Any]) -> dict[str, Any]:
     if other:
         raise ValueError(f"{name}.json is of another {', '.join(other)}: measure everything anew")
     return found
+
+
+def profiled(run: Callable[[], Any]) -> list[Any]:
+    """The profiler's events of what one call does on the device, in order: kernels, copies, fills."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=_PROFILED) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e for e in on_device if not e.is_user_annotation]
 
 
 @contextmanager

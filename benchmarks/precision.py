@@ -72,12 +72,7 @@ def errors(every: dict[str, Subject]) -> dict[str, Any]:
 def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
     """The kernels of one call on the device, in order, with their microseconds."""
     run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [{"kernel": e.name[:60], "us": round(e.device_time, 1)} for e in on_device if not e.is_user_annotation]
+    return [{"kernel": e.name[:60], "us": round(e.device_time, 1)} for e in measure.profiled(run)]
 
 
 def main() -> None:

@@ -282,6 +282,10 @@ def epilogues(result: Result) -> str:
     return grid(["epilogue", "ms", "over the bare product"], rows) + note + source(result)
 
 
+def _modes(model: Result, compared: str) -> list[Result]:
+    return [c for c in model.get(compared, {}).get("modes", {}).values() if "timings" in c]
+
+
 def zoo(result: Result) -> str:
     """By model: kernels, and speedups over the best baseline by dtype and mode."""
     modes, dtypes = ("forward", "forward+backward"), list(result["summary"])
@@ -305,16 +309,15 @@ def zoo(result: Result) -> str:
         f"({s['worst'][0]}; none may be below {s['least_allowed']:.2f}×)."
         for dtype, s in result["summary"].items()
     ]
-    with_search = sum(
-        "inductor max-autotune" in c.get("timings", {})
-        for m in result["models"].values()
-        for d in m.values()
-        for c in d.get("modes", {}).values()
-    )
+    searched = {
+        name: ["inductor max-autotune" in c["timings"] for m in result["models"].values() for c in _modes(m, name)]
+        for name in dtypes
+    }
+    took_part = "; ".join(f"{name} {sum(had)} of {len(had)}" for name, had in searched.items())
     note = (
-        f"\nSpeedups over the best of eager, `torch.compile` and max-autotune ({with_search} comparisons had it), with "
-        "CUDA graphs over `reduce-overhead` as well. "
-        f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
+        "\nSpeedups over the best of eager, `torch.compile` and max-autotune, with CUDA graphs over `reduce-overhead` "
+        f"as well. Comparisons that max-autotune took part in: {took_part}. Kernels as launched in {dtypes[0]}: eager's → "
+        "ours.\n"
     )
     if left := sorted(path.stem for path in ZOO.glob("*.py") if path.stem not in result["models"]):
         note += f"\nTime was up before: {', '.join(f'`{name}`' for name in left)}.\n"

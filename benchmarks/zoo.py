@@ -1,11 +1,11 @@
 """The model files of benchmarks/zoo/ beside eager and torch.compile, forward and training. Writes results/zoo.json.
 
-    python benchmarks/zoo.py [--quick] [--seconds 600] [--only MODEL ...] [--add]
+    python benchmarks/zoo.py [--quick] [--seconds 600] [--only MODEL ...] [--dtypes DTYPE ...] [--add]
 
 forward+backward gives the gradients of every input and parameter. In 16 bits, where the host may take longer than the
 device, everything is measured with CUDA graphs on both sides, too. max-autotune searches when its model is measured,
 with the card to itself: only its kernels are compiled beforehand. --quick leaves it out, and takes fewer trials. --add
-keeps the models that the file has, if the same code was measured on the same machine. Errors are against float64, as
+keeps what else the file has, if the same code was measured on the same machine. Errors are against float64, as
 ratios to eager's.
 """
 
@@ -183,10 +183,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer trials, no max-autotune")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="MODEL")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--add", action="store_true")
     options = parser.parse_args()
     budget, trials = Budget(options.seconds), 12 if options.quick else measure.TRIALS
-    tasks = [(model, dtype) for model in options.only for dtype in DTYPES]
+    tasks = [(model, dtype) for model in options.only for dtype in options.dtypes]
     report: dict[str, Any] = {"environment": measure.environment(), "models": {}, "summary": {}}
     if options.add:
         report["models"] = measure.read_same("zoo", report["environment"])["models"]
