@@ -316,8 +316,8 @@ def zoo(result: Result) -> str:
     took_part = "; ".join(f"{name} {sum(had)} of {len(had)}" for name, had in searched.items())
     note = (
         "\nSpeedups over the best of eager, `torch.compile` and max-autotune, with CUDA graphs over `reduce-overhead` "
-        f"as well. Comparisons that max-autotune took part in: {took_part}. Kernels as launched in {dtypes[0]}: eager's → "
-        "ours.\n"
+        f"as well. Comparisons that max-autotune took part in: {took_part}. "
+        f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
     )
     if left := sorted(path.stem for path in ZOO.glob("*.py") if path.stem not in result["models"]):
         note += f"\nTime was up before: {', '.join(f'`{name}`' for name in left)}.\n"
