@@ -228,6 +228,15 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a модель.py", "page.html"]
 
 
+def test_a_name_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "model.py", tmp_path / "page.html"
+    path.write_text(MODELS["no parameters"])
+    named = {"model": "a\udcff.py", "inputs": "", "arch": CHIP.arch}
+    monkeypatch.setattr("fusewright.tools.report.header", lambda *_: named)
+    report(request(path, out), Console(quiet=True))
+    assert r"a\udcff.py" in out.read_text(encoding="utf-8")
+
+
 def test_never_over_an_input(tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(MODELS["no parameters"])
