@@ -337,6 +337,7 @@ def test_parse_setting_never_evaluates(text: str) -> None:
     [
         ("import torch\ndef f(:\n    pass\n", ":2: this is not Python: invalid syntax\n    def f(:"),
         ("x = 1\nreturn x\n", ":2: this is not Python: 'return' outside function\n    return x"),
+        (f"x = {'-' * 100_000}1\n", "this is not Python: it is nested too deeply"),
         ("x = '\0'\n", "this is not Python: source code string cannot contain null bytes"),
         (MINIMAL.replace("class Model", "class Net"), "no class Model (the file defines Net); name the module"),
         (MINIMAL.replace("def get_inputs", "def inputs"), "there is no get_inputs(); define it"),
@@ -370,6 +371,12 @@ def test_raising_file_shows_its_innermost_line(write: Writer) -> None:
     assert "\n    return torch.mm(x, x)" in found
     assert "Traceback" not in found
     assert not [name for name in sys.modules if getattr(sys.modules[name], "__file__", None) == str(path)]
+
+
+def test_an_error_that_cannot_be_shown(write: Writer) -> None:
+    text = "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n\nraise Mute\n"
+    with pytest.raises(ModelFileError, match=r":6: the file raises when it is run: Mute\n    raise Mute"):
+        load(write(text))
 
 
 def test_interruption_passes_through(write: Writer) -> None:

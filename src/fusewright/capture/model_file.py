@@ -307,7 +307,7 @@ def _parse(path: Path, source: str) -> ast.Module:
         shown = f"\n    {source.split(chr(10))[error.lineno - 1].strip()}" if error.lineno else ""
         raise ModelFileError(f"{where}: this is not Python: {error.msg}{shown}") from None
     except (ValueError, MemoryError, RecursionError) as error:
-        raise ModelFileError(f"{path}: this is not Python: {error}") from None
+        raise ModelFileError(f"{path}: this is not Python: {str(error) or 'it is nested too deeply'}") from None
 
 
 def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
