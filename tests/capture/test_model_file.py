@@ -115,6 +115,21 @@ def test_runs_the_file_and_nothing_else(write: Writer, tmp_path: Path, capsys: p
     assert sys.path == python_path
 
 
+def test_a_file_that_changes_the_folder(write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays there itself, and the command where it was called: what that writes is relative to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "number").write_text("3")
+    text = "import os\nos.chdir('data')\n" + MINIMAL.replace(
+        "torch.ones(3)]", "torch.ones(int(open('number').read()))]"
+    )
+    file = load(write(text))
+    assert [t.tolist() for t in file.inputs()] == [[1.0] * 3] and Path.cwd() == tmp_path
+    with pytest.raises(ModelFileError, match="ZeroDivisionError"):
+        load(write(text + "1 / 0\n"))
+    assert Path.cwd() == tmp_path
+
+
 def test_two_files_do_not_share_names(write: Writer) -> None:
     first = load(write(GOOD))
     second = load(write(GOOD.replace("features = 8", "features = 2")))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ SEED = 42  # the public judge's
 FUNCTIONS = ("get_inputs", "get_init_inputs")
 
 _serial = itertools.count()
+_folders: MutableMapping[ModuleType, str] = WeakKeyDictionary()
 
 
 class Instance(NamedTuple):
@@ -143,7 +146,7 @@ class ModelFile:
     def _eager(self, what: str) -> Iterator[None]:
         """Runs code of the file; whatever it raises becomes EagerFailure, which shows that error and its line."""
         try:
-            with without_gpu():
+            with without_gpu(), _in_folder_of(self.module):
                 yield
         except BaseException as error:
             raise EagerFailure(_raised(self.path, self.module, self.source, what, error)) from error
@@ -317,7 +320,7 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
     module.__file__ = str(path.absolute())
     sys.modules[name] = module
     try:
-        with without_gpu():
+        with without_gpu(), _in_folder_of(module):
             exec(compile(tree, module.__file__, "exec", dont_inherit=True), vars(module))
     except BaseException as error:
         del sys.modules[name]
@@ -326,6 +329,19 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
             what = "the file imports what is not installed (files beside it are not found: a model file stands alone)"
         raise ModelFileError(_raised(path, module, source, what, error)) from error
     return module
+
+
+@contextmanager
+def _in_folder_of(module: ModuleType) -> Iterator[None]:
+    """Runs code of a file where its own `os.chdir` has led; the paths that we were given are relative to another."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(_folders.get(module, "."))
+        yield
+        _folders[module] = os.getcwd()
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _missing(name: str, module: ModuleType) -> str:
