@@ -405,6 +405,19 @@ def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "latin.py"
     path.write_bytes(b"# one\n# caf\xe9\n")
     assert f"{path}:2: the file is not UTF-8" in message(ModelFileError, lambda: load(path))
+    path.write_bytes("# coding: ascii\n# café\n".encode())
+    assert f"{path}:2: the file is not ascii text; save it as UTF-8" in message(ModelFileError, lambda: load(path))
+
+
+def test_a_declared_encoding(tmp_path: Path) -> None:
+    """It is read as Python reads it, and the text says what it is written in."""
+    path = tmp_path / "latin.py"
+    for head in ("# coding: {}\n", "#!/usr/bin/env python\n# -*- coding: {} -*-\n"):
+        path.write_bytes(f"{head.format('latin-1')}name = 'é'\n{MINIMAL}".encode("latin-1"))
+        file = load(path)
+        assert file.namespace["name"] == "é" and file.source.startswith(head.format("utf-8"))
+    path.write_text(f"x = 1\n# coding: ascii\n{MINIMAL}")
+    assert "# coding: ascii\n" in load(path).source
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import itertools
 import os
+import re
 import sys
+import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +33,8 @@ from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, Unknow
 SEED = 42  # the public judge's
 FUNCTIONS = ("get_inputs", "get_init_inputs")
 
+# Of the encoding (PEP 263), in the first line or below one that is a comment or empty.
+_DECLARATION = re.compile(r"\A((?:[ \t\f]*(?:#.*)?\n)?[ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+", re.ASCII)
 _serial = itertools.count()
 _folders: MutableMapping[ModuleType, str] = WeakKeyDictionary()
 
@@ -293,11 +298,17 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise ModelFileError(f"{path}: the file cannot be read ({error.strerror})") from None
     try:
-        text = contents.decode("utf-8-sig")
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(contents).readline)
+    except SyntaxError:  # it is not UTF-8, or declares what there is not
+        encoding = "utf-8-sig"
+    try:
+        text = contents.decode(encoding)
     except UnicodeDecodeError as error:
         line = contents[: error.start].count(b"\n") + 1
-        raise ModelFileError(f"{path}:{line}: the file is not UTF-8 text; save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        name = "UTF-8" if encoding.startswith("utf-8") else encoding
+        raise ModelFileError(f"{path}:{line}: the file is not {name} text; save it as UTF-8") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _DECLARATION.sub(r"\1utf-8", text)  # for it will be written in that
 
 
 def _parse(path: Path, source: str) -> ast.Module:
