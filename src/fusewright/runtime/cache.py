@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -51,8 +52,11 @@ class Entry:
         if self.folder is not None and (self.folder / name).exists():  # not if the cache was cleared meanwhile
             return self.folder / name
         path = _private_folder() / self.key / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(self.files[name])
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            whole = path.with_name(f"{name}.{threading.get_ident()}")
+            whole.write_bytes(self.files[name])
+            whole.replace(path)  # not written over: a library that is loaded would change under its users
         return path
 
 
