@@ -185,6 +185,9 @@ def test_no_such_file(run: Run) -> None:
     for command in (["optimize"], ["explain"], ["verify", "other.py"]):
         done = run(*command, "missing.py")
         assert done.code == 2 and "no such file" in done.err
+    for command in ("optimize", "report"):
+        done = run(command, ".")
+        assert done.code == 2 and "this is a folder; name the .py file in it" in done.err
 
 
 def test_a_place_that_cannot_be_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +403,21 @@ def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
     assert done.returncode == 2 and "No space left" in done.stderr and "internal" not in done.stderr
 
 
+def test_closed_streams(tmp_path: Path) -> None:
+    """As a service has them: text goes nowhere, and nobody can be asked."""
+    environment = {**os.environ, "FUSEWRIGHT_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "from fusewright.cli import main; main()", "cache"]
+    for arguments, closed, code in (
+        (["info", "--json", "out.json"], "<&- >&- 2>&-", 0),
+        (["info", "--json", "out.json"], ">&-", 0),
+        (["clear"], "<&-", 2),
+    ):
+        line = ["sh", "-c", f'"$@" {closed}', "sh", *command, *arguments]
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and "internal" not in done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["entries"] == 0 and "--yes" in done.stderr
+
+
 # ---- JSON
 
 
@@ -411,6 +429,10 @@ def test_json_goes_nowhere_bad(run: Run, tmp_path: Path) -> None:
         assert done.code == 2 and says in done.err
     done = run("optimize", "model.py", "-o", "out.py", "--json", "./out.py")
     assert done.code == 2 and "--json" in done.err
+    (tmp_path / "bench.json").write_text("{}")
+    done = run("report", "model.py", "--measured", "bench.json", "--json", "bench.json")
+    assert done.code == 2 and "the input itself" in done.err and (tmp_path / "bench.json").read_text() == "{}"
+    (tmp_path / "bench.json").unlink()
     assert (tmp_path / "model.py").read_text() == GOOD and [p.name for p in tmp_path.iterdir()] == ["model.py"]
 
 
@@ -422,6 +444,16 @@ def test_json_of_optimize_stands_alone(run: Run, tmp_path: Path) -> None:
     assert found["out"] == "model_new.py" and (tmp_path / "model_new.py").exists() and found["check"] is None
     assert [k["graph"] for k in found["kernels"]][:2] == ["inference", "forward"]
     assert all(k["registers"] > 0 and k["spill_bytes"] == 0 for k in found["kernels"])
+
+
+def test_what_a_child_process_prints_is_not_in_the_json(capfd: pytest.CaptureFixture[str]) -> None:
+    """As nvcc does, for a candidate that builds with `verbose=True`."""
+    output = Output("explain", Path("-"))
+    with output.kept():
+        subprocess.run(["echo", "from a child"])
+    output.result({})
+    shown = capfd.readouterr()
+    assert shown.err == "from a child\n" and json.loads(shown.out)["command"] == "explain"
 
 
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

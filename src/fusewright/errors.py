@@ -11,7 +11,10 @@ def raised(error: BaseException) -> str:
     and the end of a generator, which are not, are raised again."""
     if isinstance(error, KeyboardInterrupt | GeneratorExit):
         raise error
-    return f"{type(error).__name__}: {error}"
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of the error's own __str__
+        return type(error).__name__
 
 
 class FusewrightError(Exception):

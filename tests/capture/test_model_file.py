@@ -115,6 +115,21 @@ def test_runs_the_file_and_nothing_else(write: Writer, tmp_path: Path, capsys: p
     assert sys.path == python_path
 
 
+def test_a_file_that_changes_the_folder(write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays there itself, and the command where it was called: what that writes is relative to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "number").write_text("3")
+    text = "import os\nos.chdir('data')\n" + MINIMAL.replace(
+        "torch.ones(3)]", "torch.ones(int(open('number').read()))]"
+    )
+    file = load(write(text))
+    assert [t.tolist() for t in file.inputs()] == [[1.0] * 3] and Path.cwd() == tmp_path
+    with pytest.raises(ModelFileError, match="ZeroDivisionError"):
+        load(write(text + "1 / 0\n"))
+    assert Path.cwd() == tmp_path
+
+
 def test_two_files_do_not_share_names(write: Writer) -> None:
     first = load(write(GOOD))
     second = load(write(GOOD.replace("features = 8", "features = 2")))
@@ -337,6 +352,7 @@ def test_parse_setting_never_evaluates(text: str) -> None:
     [
         ("import torch\ndef f(:\n    pass\n", ":2: this is not Python: invalid syntax\n    def f(:"),
         ("x = 1\nreturn x\n", ":2: this is not Python: 'return' outside function\n    return x"),
+        (f"x = {'-' * 100_000}1\n", "this is not Python: it is nested too deeply"),
         ("x = '\0'\n", "this is not Python: source code string cannot contain null bytes"),
         (MINIMAL.replace("class Model", "class Net"), "no class Model (the file defines Net); name the module"),
         (MINIMAL.replace("def get_inputs", "def inputs"), "there is no get_inputs(); define it"),
@@ -372,6 +388,12 @@ def test_raising_file_shows_its_innermost_line(write: Writer) -> None:
     assert not [name for name in sys.modules if getattr(sys.modules[name], "__file__", None) == str(path)]
 
 
+def test_an_error_that_cannot_be_shown(write: Writer) -> None:
+    text = "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n\nraise Mute\n"
+    with pytest.raises(ModelFileError, match=r":6: the file raises when it is run: Mute\n    raise Mute"):
+        load(write(text))
+
+
 def test_interruption_passes_through(write: Writer) -> None:
     with pytest.raises(KeyboardInterrupt):
         load(write("raise KeyboardInterrupt"))
@@ -383,6 +405,19 @@ def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "latin.py"
     path.write_bytes(b"# one\n# caf\xe9\n")
     assert f"{path}:2: the file is not UTF-8" in message(ModelFileError, lambda: load(path))
+    path.write_bytes("# coding: ascii\n# café\n".encode())
+    assert f"{path}:2: the file is not ascii text; save it as UTF-8" in message(ModelFileError, lambda: load(path))
+
+
+def test_a_declared_encoding(tmp_path: Path) -> None:
+    """It is read as Python reads it, and the text says what it is written in."""
+    path = tmp_path / "latin.py"
+    for head in ("# coding: {}\n", "#!/usr/bin/env python\n# -*- coding: {} -*-\n"):
+        path.write_bytes(f"{head.format('latin-1')}name = 'é'\n{MINIMAL}".encode("latin-1"))
+        file = load(path)
+        assert file.namespace["name"] == "é" and file.source.startswith(head.format("utf-8"))
+    path.write_text(f"x = 1\n# coding: ascii\n{MINIMAL}")
+    assert "# coding: ascii\n" in load(path).source
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

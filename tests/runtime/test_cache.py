@@ -166,13 +166,25 @@ def test_killed_while_building_frees_the_lock(cache: Cache, tmp_path: Path) -> N
     assert cache.fetch("key", lambda: FILES).files == FILES
 
 
+def test_what_is_in_use_is_not_written_over(cache: Cache) -> None:
+    """A library that is loaded would change under its users, and end the process."""
+    cache.folder.parent.mkdir(parents=True, exist_ok=True)
+    cache.folder.write_text("a file where the folder would be")
+    with pytest.warns(RuntimeWarning, match="works without its cache"):
+        entries = [cache.fetch("in use", lambda contents=contents: {"a": contents}) for contents in (b"1", b"2")]  # type: ignore[misc]
+    with entries[0].path("a").open("rb") as used:
+        entries[1].path("a")
+        assert used.read() == b"1"
+
+
 def check_works_without_cache(cache: Cache) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         entries = [cache.fetch("key", lambda: FILES) for _ in range(2)]
     assert [entry.files for entry in entries] == [FILES, FILES]
     assert entries[0].folder is None
-    assert entries[0].path("compile.log").read_bytes() == FILES["compile.log"]
+    first = entries[0].path("compile.log")
+    assert first.read_bytes() == FILES["compile.log"] and [p.name for p in first.parent.iterdir()] == ["compile.log"]
     (warning,) = caught
     assert str(cache.folder) in str(warning.message)
     assert "FUSEWRIGHT_CACHE_DIR" in str(warning.message)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusewright.errors import OutputNotWritable
+from fusewright.errors import InvalidSetting, OutputNotWritable
 from fusewright.runtime.cache import PARTIAL, Cache, Cleared, Stored, clear, fingerprint, stored
 
 FORK = multiprocessing.get_context("fork")
@@ -41,6 +41,17 @@ def test_what_is_stored(tmp_path: Path) -> None:
         Stored("cubin", 3, sum(map(size_of, cubins))),
         Stored("tuning", 1, size_of(cubins[0])),
     ]
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")  # root may read everything
+
+    assert not stored(Path(__file__)) and not Cache("cubin", Path(__file__)).entries()  # which is no folder
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for look in (lambda: stored(tmp_path), lambda: clear(tmp_path), Cache("cubin", tmp_path).entries):
+        with pytest.raises(InvalidSetting, match=r"cannot be read: .* \(Permission denied\); set FUSEWRIGHT_CACHE_DIR"):
+            look()
 
 
 def test_clear(tmp_path: Path) -> None:

@@ -258,7 +258,10 @@ sizes = (8, 32)
 
 def test_a_first_call_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert first_call(Job("a", False, "a", {}, None, False, None, True)).failed == "exit code 1"
+    job = Job("a", False, "a", {}, None, False, None, True)
+    assert first_call(job).failed == "exit code 1, and no time"
+    monkeypatch.setattr("sys.executable", "/bin/true")  # as of a file that ends the process by os._exit
+    assert first_call(job).failed == "exit code 0, and no time"
 
 
 def test_first_calls_of_all(measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from fusewright import __version__
 from fusewright.capture import model_file
 from fusewright.capture.model_file import ModelFile
+from fusewright.chip import chip_for
 from fusewright.errors import CannotCapture, NoKernel
 from fusewright.fusion import reference
 from fusewright.runtime.nvrtc import DEVICE_CODE
+from fusewright.tools.emit import emit
+from fusewright.tools.optimize import load_and_capture
 from fusewright.tools.plan_check import captured_size
 from judge import FORBIDDEN, complaints
 from model_files import MODELS, REFUSED, Written, model, varied, written
@@ -217,6 +222,21 @@ def test_constants_in_containers_are_checked(first: str, other: object, tmp_path
     instance.model.given = other
     with pytest.raises(ValueError, match="these kernels were written for given = "):
         instance.model(*instance.inputs)
+
+
+def test_a_name_stays_within_its_comment(tmp_path: Path) -> None:
+    """Line ends in a file's name are no code, bytes that are no text are escaped, and the longest name builds."""
+    path, chip = tmp_path / "model.py", chip_for("sm_80")
+    path.write_text(MODELS["no parameters"])
+    file, instance, captured = load_and_capture(path, {}, None, chip)
+    shown = {"a\nimport os": r"a\nimport os", "a\rb": r"a\rb", "a\u2028b": r"a\u2028b", "a\udcffb": r"a\udcffb"}
+    for name in (*shown, "m" * 252):
+        text = emit(
+            replace(file, path=path.with_name(f"{name}.py")), instance.model, captured, chip, library=False
+        ).text
+        assert f"# Written by fusewright {__version__} from {shown.get(name, name)}.py for sm_80:" in text
+        assert text.encode() and "import os" not in map(ast.unparse, ast.parse(text).body)
+        assert len(re.findall(r'name="(.+)"', text)[0]) < 128
 
 
 def test_constants_of_modules_whose_names_are_no_names(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_a_file_has_the_usual_mode(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "out.py").stat().st_mode & 0o777 == 0o640
+
+
+def test_places_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    if sys.version_info < (3, 13):  # which resolves such a link to itself, and it is replaced
+        with pytest.raises(OutputNotWritable, match="b cannot be written: its links lead in a circle"):
+            check_output(tmp_path / "b")
+    with pytest.raises(
+        OutputNotWritable, match="cannot be written: file name too long; choose another place with --json"
+    ):
+        check_output(tmp_path / ("a" * 300), [tmp_path / "a"], "--json")
 
 
 def test_a_longest_name(tmp_path: Path) -> None:

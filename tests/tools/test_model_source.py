@@ -46,6 +46,12 @@ def test_body_is_cut_out(forward: str, expected: str) -> None:
     ast.parse(whole(source))
 
 
+def test_lines_are_those_of_python() -> None:
+    """A form feed, U+2028 and others end no line, though `str.splitlines` takes them to."""
+    text = "a = 'x\u2028\x85y'\n\x0cclass Model(C):\n    def forward(self, x):\n        {}\n\x0c\nModel.d = 2\n"
+    assert whole(cut(text.format("return x"))) == text.replace("Model", "ModelNew").format("BODY")
+
+
 def test_arguments_of_every_kind() -> None:
     source = cut("class Model:\n    def forward(this, a, /, b, *c, d, **e): return a\n")
     assert source.arguments == ("this", "a", "b", "c", "d", "e")

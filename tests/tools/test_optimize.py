@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fusewright.chip import chip_for
-from fusewright.errors import CannotCapture, WrongResult
+from fusewright.errors import CannotCapture, ToolMissing, WrongResult
 from fusewright.tools import optimize as tool
 from fusewright.tools import plan_check
 from fusewright.tools.optimize import Request, optimize
@@ -114,3 +114,35 @@ def test_a_random_model_is_not_judged(tmp_path: Path) -> None:
     shown, stream = console()
     assert optimize(request, shown).check is None
     assert "nothing was checked" in stream.getvalue() and request.out.is_file()
+    with pytest.raises(ToolMissing, match=r"model_new.py cannot be verified here: eager itself gives something else"):
+        verify_files(request.path, request.out, None, {}, shown)
+
+
+def test_without_a_compiler_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_for(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ToolMissing, match=r"C\+\+ compiler"):
+        optimize(request, console()[0])
+    assert not request.out.exists()
+
+
+def test_what_the_library_computes_is_verified_too(tmp_path: Path) -> None:
+    request = request_for(tmp_path, library=True, verify=False)
+    request.path.write_text(TEXT.replace("torch.relu(", "torch.softmax(").replace("* -1.5)", "* -1.5, -1)"))
+    optimize(request, console()[0])
+    assert verify_files(request.path, request.out, None, {}, console()[0])["passed"] is True
+
+
+def test_what_is_too_large_to_simulate_is_not_called_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is checked, and that is said; of a model too large for that nothing is."""
+    request = request_for(tmp_path)
+    shown, stream = console()
+    monkeypatch.setattr(tool, "SIMULATED", 0)
+    check = optimize(request, shown).check
+    assert check is not None and check["passed"] is True and check["kernels"] is None
+    report = verify_files(request.path, request.out, None, {}, shown)
+    assert report["passed"] is True and report["kernels"] is None and report["plan"]["passed"] is True
+    assert stream.getvalue().count("kernels: too large to simulate") == 2
+    monkeypatch.setattr(tool, "CHECKED", 0)
+    with pytest.raises(ToolMissing, match="cannot be verified here: the model is too large"):
+        verify_files(request.path, request.out, None, {}, shown)

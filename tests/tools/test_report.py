@@ -228,6 +228,15 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a модель.py", "page.html"]
 
 
+def test_a_name_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = tmp_path / "model.py", tmp_path / "page.html"
+    path.write_text(MODELS["no parameters"])
+    named = {"model": "a\udcff.py", "inputs": "", "arch": CHIP.arch}
+    monkeypatch.setattr("fusewright.tools.report.header", lambda *_: named)
+    report(request(path, out), Console(quiet=True))
+    assert r"a\udcff.py" in out.read_text(encoding="utf-8")
+
+
 def test_never_over_an_input(tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(MODELS["no parameters"])
@@ -314,7 +323,7 @@ def test_timings_of_bench_are_on_the_roofline(tmp_path: Path) -> None:
     assert html.count('<td class="n">40 µs</td>') == 1 and html.count('<td class="n">10 µs</td>') == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checks": [{}]}', '{"modes": {"forward": 3}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"checks": [{}]}', '{"modes": {"forward": 3}}'])
 def test_what_is_no_measurement(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(BadMeasurement, match=r"bad.json .*(bench|verify) --json"):
@@ -354,6 +363,9 @@ def test_points_lie_on_the_roofs_and_labels_beside_each_other() -> None:
     assert a.y == pytest.approx(y0 + (a.x - x0) / (x1 - x0) * (y1 - y0), abs=0.2)
     assert sorted(label.text for label in found.labels) == ["A A", "M", "S"]
     assert roofline(CHIP, {"float32": CHIP.fp32}, []) is None
+    nothing = Point("N", "of no rows", "forward", 0, 8, 1e-9)
+    assert roofline(CHIP, {"float32": CHIP.fp32}, [nothing]) is None
+    assert roofline(CHIP, {"float32": CHIP.fp32}, [nothing, memory, arithmetic, arithmetic, slow]) == found
     assert all(math.isfinite(m.x + m.y) for m in found.marks)
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import itertools
+import os
+import re
 import sys
+import tokenize
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +33,10 @@ from fusewright.errors import EagerFailure, MixedDevices, ModelFileError, Unknow
 SEED = 42  # the public judge's
 FUNCTIONS = ("get_inputs", "get_init_inputs")
 
+# Of the encoding (PEP 263), in the first line or below one that is a comment or empty.
+_DECLARATION = re.compile(r"\A((?:[ \t\f]*(?:#.*)?\n)?[ \t\f]*#.*?coding[:=][ \t]*)[-\w.]+", re.ASCII)
 _serial = itertools.count()
+_folders: MutableMapping[ModuleType, str] = WeakKeyDictionary()
 
 
 class Instance(NamedTuple):
@@ -143,7 +151,7 @@ class ModelFile:
     def _eager(self, what: str) -> Iterator[None]:
         """Runs code of the file; whatever it raises becomes EagerFailure, which shows that error and its line."""
         try:
-            with without_gpu():
+            with without_gpu(), _in_folder_of(self.module):
                 yield
         except BaseException as error:
             raise EagerFailure(_raised(self.path, self.module, self.source, what, error)) from error
@@ -290,11 +298,17 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise ModelFileError(f"{path}: the file cannot be read ({error.strerror})") from None
     try:
-        text = contents.decode("utf-8-sig")
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(contents).readline)
+    except SyntaxError:  # it is not UTF-8, or declares what there is not
+        encoding = "utf-8-sig"
+    try:
+        text = contents.decode(encoding)
     except UnicodeDecodeError as error:
         line = contents[: error.start].count(b"\n") + 1
-        raise ModelFileError(f"{path}:{line}: the file is not UTF-8 text; save it as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        name = "UTF-8" if encoding.startswith("utf-8") else encoding
+        raise ModelFileError(f"{path}:{line}: the file is not {name} text; save it as UTF-8") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _DECLARATION.sub(r"\1utf-8", text)  # for it will be written in that
 
 
 def _parse(path: Path, source: str) -> ast.Module:
@@ -307,7 +321,7 @@ def _parse(path: Path, source: str) -> ast.Module:
         shown = f"\n    {source.split(chr(10))[error.lineno - 1].strip()}" if error.lineno else ""
         raise ModelFileError(f"{where}: this is not Python: {error.msg}{shown}") from None
     except (ValueError, MemoryError, RecursionError) as error:
-        raise ModelFileError(f"{path}: this is not Python: {error}") from None
+        raise ModelFileError(f"{path}: this is not Python: {str(error) or 'it is nested too deeply'}") from None
 
 
 def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
@@ -317,7 +331,7 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
     module.__file__ = str(path.absolute())
     sys.modules[name] = module
     try:
-        with without_gpu():
+        with without_gpu(), _in_folder_of(module):
             exec(compile(tree, module.__file__, "exec", dont_inherit=True), vars(module))
     except BaseException as error:
         del sys.modules[name]
@@ -326,6 +340,19 @@ def _run(path: Path, source: str, tree: ast.Module) -> ModuleType:
             what = "the file imports what is not installed (files beside it are not found: a model file stands alone)"
         raise ModelFileError(_raised(path, module, source, what, error)) from error
     return module
+
+
+@contextmanager
+def _in_folder_of(module: ModuleType) -> Iterator[None]:
+    """Runs code of a file where its own `os.chdir` has led; the paths that we were given are relative to another."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(_folders.get(module, "."))
+        yield
+        _folders[module] = os.getcwd()
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _missing(name: str, module: ModuleType) -> str:

@@ -27,7 +27,7 @@ def optimize(
     json_: Json = None,
 ) -> None:
     """Write a new model file whose class runs fused kernels, after checking it."""
-    target = out or file.with_name(f"{file.stem}_new.py")
+    target = out or file.parent / f"{file.stem}_new.py"
     output = Output("optimize", json_, [file], [target])
     with output.loading():
         from fusewright.tools.optimize import Request
@@ -77,8 +77,8 @@ def report(
     json_: Json = None,
 ) -> None:
     """Write one HTML page: the model before and after, every kernel, the roofline, and what was measured."""
-    target = out or file.with_name(f"{file.stem}_report.html")
-    output = Output("report", json_, [file], [target])
+    target = out or file.parent / f"{file.stem}_report.html"
+    output = Output("report", json_, [file, *(measured or ())], [target])
     with output.loading():
         from fusewright.tools.report import Request
         from fusewright.tools.report import report as run

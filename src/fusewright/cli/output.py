@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -52,9 +53,19 @@ class Output:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within it whatever prints leaves standard output to JSON."""
-        with redirect_stdout(sys.stderr if self._alone else sys.stdout):
+        """Within it whatever prints leaves standard output to JSON, a compiler that a user's file starts too."""
+        if not self._alone:
             yield
+            return
+        sys.stdout.flush()
+        kept = os.dup(1)
+        try:
+            os.dup2(2, 1)
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
     def result(self, data: object) -> None:
         """Writes the JSON that was asked for, if any. data: a dataclass or a mapping."""

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from fusewright.errors import OutputNotWritable
+from fusewright.errors import InvalidSetting, OutputNotWritable
 from fusewright.settings import cache_dir
 
 FORMAT_VERSION = 1
@@ -51,8 +52,11 @@ class Entry:
         if self.folder is not None and (self.folder / name).exists():  # not if the cache was cleared meanwhile
             return self.folder / name
         path = _private_folder() / self.key / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(self.files[name])
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            whole = path.with_name(f"{name}.{threading.get_ident()}")
+            whole.write_bytes(self.files[name])
+            whole.replace(path)  # not written over: a library that is loaded would change under its users
         return path
 
 
@@ -78,9 +82,8 @@ class Cache:
             return Entry(key, files, self._store(key, files) if locked else None)
 
     def entries(self) -> list[Entry]:
-        """Those that are whole, the oldest first."""
-        folders = _entries(self.folder) if self.folder.is_dir() else []
-        found = [entry for folder in folders if (entry := self.find(folder.name))]
+        """Those that are whole, the oldest first. Raises InvalidSetting where the folder cannot be read."""
+        found = [entry for folder in _entries(self.folder) if (entry := self.find(folder.name))]
         return sorted(found, key=lambda entry: _written(entry.folder))
 
     def find(self, key: str) -> Entry | None:
@@ -158,7 +161,7 @@ class Cleared:
 
 
 def stored(root: Path | None = None) -> list[Stored]:
-    """What the cache holds, by kind."""
+    """What the cache holds, by kind. Raises InvalidSetting where it cannot be read."""
     found = []
     for kind in _kinds(root or cache_dir()):
         entries = list(_entries(kind))
@@ -168,7 +171,8 @@ def stored(root: Path | None = None) -> list[Stored]:
 
 
 def clear(root: Path | None = None, kinds: Collection[str] = ()) -> Cleared:
-    """Removes entries, of all kinds or of these, while other processes use the cache. Raises OutputNotWritable.
+    """Removes entries, of all kinds or of these, while other processes use the cache. Raises OutputNotWritable,
+    or InvalidSetting where they cannot be read.
 
     Each goes under its lock, so that nobody's half-built entry is touched; a process that is reading one takes it as
     missing and builds it again. What is not an entry stays. So do the lock files, which are empty: a process may be
@@ -207,13 +211,25 @@ def _remove(entry: Path) -> None:
 
 
 def _kinds(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
+    return sorted(_folders(root))
 
 
 def _entries(kind: Path) -> list[Path]:
     """Entries, the half-written ones first. They are named by fingerprints: nothing else there is ours to remove."""
-    found = (path for path in kind.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir())
+    found = (path for path in _folders(kind) if _ENTRY.fullmatch(path.name))
     return sorted(found, key=lambda path: (path.suffix != PARTIAL, path.name))
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those in a folder; none where there is no folder."""
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InvalidSetting(
+            f"the cache cannot be read: {folder} ({error.strerror}); set FUSEWRIGHT_CACHE_DIR to a folder that can be"
+        ) from None
 
 
 def _written(folder: Path | None) -> float:

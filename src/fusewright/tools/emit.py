@@ -100,10 +100,11 @@ def _file(
     functions = [HostPrinter(_function(p), p.plan, p.programs, kernels, p.name == "backward").print() for p in every]
     sources = {"cuda": _cuda_source(kernels), "host": _host_source(kernels, functions, every, captured)}
     digest = hashlib.sha256("\n".join(sources.values()).encode()).hexdigest()[:12]
-    space = f"fusewright_{re.sub(r'[^0-9A-Za-z_]', '_', file.path.stem)}_{digest}"
+    stem = re.sub(r"[^0-9A-Za-z_]", "_", file.path.stem)[:100]  # torch builds it in a folder of that name
+    space = f"fusewright_{stem}_{digest}"
     generated = _GENERATED.format(
         version=__version__,
-        name=file.path.name,
+        name=_in_comment(file.path.name),
         made_for=made_for,
         **{name: text.replace("FUSEWRIGHT_NAMESPACE", space) for name, text in sources.items()},
         space=space,
@@ -113,6 +114,11 @@ def _file(
     forward = _forward(model, captured, space, source, added)
     body = f"{source.head}{forward}{freeze.methods(planned[0], added, captured, space, source)}{source.tail}"
     return f"{source.before.rstrip()}\n\n{generated}\n\n{body}{source.after}"
+
+
+def _in_comment(name: str) -> str:
+    """A file's name may hold line ends, which would end the comment, and bytes that are no text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _imports(before: str) -> str:

@@ -17,20 +17,21 @@ def check_output(out: Path, inputs: Iterable[Path] = (), option: str = "-o") -> 
     """Raises OutputNotWritable before any work is done. option: what names `out` on the command line."""
     if str(out) == "-":
         raise OutputNotWritable(f"standard output has what the command prints; name a file with {option}")
-    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
-        raise OutputNotWritable(f"{out} is the input itself; choose another name with {option}")
-    if out.is_dir():
-        raise OutputNotWritable(f"{out} is a folder; name the file to write with {option}")
-    if not out.parent.is_dir():
-        raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
-    target = out.resolve()
-    why = "permission denied" if out.exists() and not os.access(out, os.W_OK) else ""
     try:
+        if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+            raise OutputNotWritable(f"{out} is the input itself; choose another name with {option}")
+        if out.is_dir():
+            raise OutputNotWritable(f"{out} is a folder; name the file to write with {option}")
+        if not out.parent.is_dir():
+            raise OutputNotWritable(f"there is no folder {out.parent} to write {out.name} in; create it first")
+        why = "permission denied" if out.exists() and not os.access(out, os.W_OK) else ""
         if not _is_stream(out):
-            with tempfile.TemporaryFile(dir=target.parent):  # os.access says yes of /proc, and of a full disk
+            with tempfile.TemporaryFile(dir=out.resolve().parent):  # os.access says yes of /proc, and of a full disk
                 pass
-    except OSError as error:
+    except OSError as error:  # of the looking too, where a name is too long
         why = (error.strerror or str(error)).lower()
+    except RuntimeError:  # of `resolve`, before Python 3.13
+        why = "its links lead in a circle"
     if why:
         raise OutputNotWritable(f"{out} cannot be written: {why}; choose another place with {option}")
 

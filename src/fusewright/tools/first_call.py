@@ -75,8 +75,8 @@ def _process(job: Job, folder: Path) -> float:
         text=True,
         timeout=SECONDS,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-1500:] or f"exit code {done.returncode}")
+    if done.returncode or not done.stdout:
+        raise RuntimeError(done.stderr.strip()[-1500:] or f"exit code {done.returncode}, and no time")
     return float(done.stdout.splitlines()[-1])
 
 

@@ -41,7 +41,7 @@ def split(source: str, tree: ast.Module) -> ModelSource:
     if not methods:
         raise CannotCapture("class Model has no forward of its own; define it in the class")
     forward = methods[-1]
-    lines = source.splitlines(keepends=True)
+    lines = _lines(source)
     start, stop = _first_line(model) - 1, model.end_lineno or model.lineno
     cut, signature, indent = _signature(forward, lines)
     end = forward.end_lineno or forward.lineno
@@ -71,6 +71,11 @@ def _signature(forward: ast.FunctionDef, lines: list[str]) -> tuple[int, str, st
     return first.lineno - 1, f"{opening.rstrip()}\n" + (f"{indent}{docstring}\n" if docstring else ""), indent
 
 
+def _lines(text: str) -> list[str]:
+    """As Python counts them: `str.splitlines` ends lines at form feeds, U+2028 and others too."""
+    return list(io.StringIO(text))
+
+
 def _indent(line: str) -> str:
     return line[: len(line) - len(line.lstrip())]
 
@@ -83,7 +88,7 @@ def _first_line(node: ast.stmt) -> int:
 
 def rename(text: str) -> str:
     """Replaces the name `Model` by `ModelNew`, in code alone: not in comments, texts or as an attribute."""
-    lines = text.splitlines(keepends=True)
+    lines = _lines(text)
     edits: list[tuple[int, int]] = []
     previous = ""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -196,21 +196,33 @@ def kernel_table(rows: Sequence[KernelRow], chip: Chip) -> Table:
 def _check_without_gpu(
     request: Request, file: ModelFile, planned: tuple[Planned, ...], console: Console
 ) -> dict[str, Any] | None:
-    with console.status("checking the plan and simulating the kernels at small sizes"), without_gpu():
-        reduced = small(file, request.settings, request.dtype)
-        if reduced.parameters > CHECKED:
-            console.print(Text("the model is too large to check without a GPU; nothing was checked", "yellow"))
-            return None
-        if not reduced.repeats():
-            console.print(Text("eager itself gives something else each time; nothing was checked", "yellow"))
-            return None
-        simulate = reduced.parameters <= SIMULATED
-        outcome = plan_check.check(reduced, request.chip, planned, request.schedules if simulate else 0)
+    with console.status("checking the plan and simulating the kernels at small sizes"):
+        outcome = simulated(file, request.settings, request.dtype, request.chip, planned, request.schedules)
+    if isinstance(outcome, str):
+        console.print(Text(f"{outcome}; nothing was checked", "yellow"))
+        return None
     console.print(checked(outcome))
-    failed = [o for o in (outcome.plan, outcome.kernels) if o is not None and not o.passed]
-    if failed:
-        raise WrongResult(f"{failed[0].where} is wrong at {outcome.sizes}; nothing was written. Please report this.")
+    if wrong := outcome.wrong:
+        raise WrongResult(f"{wrong.where} is wrong at {outcome.sizes}; nothing was written. Please report this.")
     return {"passed": True, "simulated": True, **asdict(outcome)}
+
+
+def simulated(
+    file: ModelFile,
+    settings: Mapping[str, object],
+    dtype: torch.dtype | None,
+    chip: Chip,
+    planned: tuple[Planned, ...],
+    schedules: int,
+) -> plan_check.PlanCheck | str:
+    """What a machine without a GPU can check, at small sizes; or why that is nothing."""
+    with without_gpu():
+        reduced = small(file, settings, dtype)
+        if reduced.parameters > CHECKED:
+            return "the model is too large to check without a GPU"
+        if not reduced.repeats():
+            return "eager itself gives something else each time"
+        return plan_check.check(reduced, chip, planned, schedules if reduced.parameters <= SIMULATED else 0)
 
 
 def checked(outcome: plan_check.PlanCheck) -> Group:

@@ -58,6 +58,11 @@ class PlanCheck:
     plan: Outcome
     kernels: Outcome | None
 
+    @property
+    def wrong(self) -> Outcome | None:
+        """The first that failed. What was not simulated did not."""
+        return next((o for o in (self.plan, self.kernels) if o is not None and not o.passed), None)
+
 
 @dataclass(frozen=True)
 class _Always:

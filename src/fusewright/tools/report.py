@@ -143,7 +143,7 @@ def report(request: Request, console: Console) -> dict[str, Any]:
         planned = plan_model(captured, request.chip, library=request.library)
     with console.status(f"compiling the kernels for {request.chip.arch}"):
         page = build(header(request.path, instance, request.chip), captured, planned, request.chip, measured)
-    write(request.out, render(page))
+    write(request.out, render(page).encode(errors="backslashreplace"))  # a file's name may be no text
     console.print(f"wrote {request.out}", markup=False)
     return as_dict(request.out, page)
 

@@ -56,7 +56,7 @@ def read_measured(path: Path) -> Measured:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadMeasurement(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadMeasurement(f"{path} is not JSON; {_WANTED}") from None
     try:
         if data.get("simulated"):

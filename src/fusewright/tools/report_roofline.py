@@ -78,7 +78,7 @@ def roofline(chip: Chip, roofs: dict[str, float], points: Sequence[Point]) -> Ro
 
     roofs: name → operations per second.
     """
-    points = [p for p in points if p.seconds > 0 and p.bytes > 0]
+    points = [p for p in points if p.seconds > 0 and p.bytes > 0 and p.operations > 0]  # the axes are logarithmic
     if not points:
         return None
     ridge = max(roofs.values()) / chip.bandwidth

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 from fusewright.capture import model_file
+from fusewright.capture.model_file import ModelFile
 from fusewright.capture.without_gpu import without_gpu
-from fusewright.chip import chip_for
-from fusewright.errors import ToolMissing
-from fusewright.tools import plan_check
+from fusewright.chip import Chip, chip_for
+from fusewright.errors import NoKernel, ToolMissing
 from fusewright.tools.emit import emit
-from fusewright.tools.optimize import checked, load_and_capture
-from fusewright.tools.small import SIMULATED, small
+from fusewright.tools.optimize import checked, load_and_capture, simulated
+from fusewright.tools.planned import Planned
 from fusewright.tools.verify import Subject, render, verify
 
 _WRITTEN_BY = re.compile(r"^# Written by fusewright .* for (\w+)[:,]", re.MULTILINE)
@@ -64,18 +64,31 @@ def _simulated(
 ) -> dict[str, Any]:
     """Without a GPU: the candidate has to be what fusewright writes, the kernels of which are then simulated."""
     chip = chip_for(arch)
-    with console.status("simulating the kernels at small sizes"), without_gpu():
-        file, instance, captured = load_and_capture(reference, settings, dtype, chip)
-        emitted = emit(file, instance.model, captured, chip, library=False, dtype=dtype)
-        if emitted.text != candidate.read_text(encoding="utf-8"):
-            raise ToolMissing(
-                f"{candidate} is not what this version writes for {reference} with these options, and there is no GPU "
-                "to run it; verify it on a machine with one, or write it again with `fusewright optimize`"
-            )
-        reduced = small(file, settings, dtype)
-        simulate = reduced.parameters <= SIMULATED
-        outcome = plan_check.check(reduced, chip, emitted.planned, schedules if simulate else 0)
-    console.print(f"{candidate} is what fusewright writes for {reference}")
+    with console.status("simulating the kernels at small sizes"):
+        with without_gpu():
+            file, planned = _writes(candidate, reference, settings, dtype, chip)
+        outcome = simulated(file, settings, dtype, chip, planned, schedules)
+    if isinstance(outcome, str):
+        raise ToolMissing(f"{candidate} cannot be verified here: {outcome}")
+    console.print(f"{candidate} is what fusewright writes for {reference}", markup=False)
     console.print(checked(outcome))
-    passed = outcome.plan.passed and outcome.kernels is not None and outcome.kernels.passed
-    return {"passed": passed, "simulated": True, **asdict(outcome)}
+    return {"passed": outcome.wrong is None, "simulated": True, **asdict(outcome)}
+
+
+def _writes(
+    candidate: Path, reference: Path, settings: Mapping[str, object], dtype: torch.dtype | None, chip: Chip
+) -> tuple[ModelFile, tuple[Planned, ...]]:
+    """The reference and its plan, which make the candidate, with torch's library or without it. Raises ToolMissing."""
+    text = candidate.read_text(encoding="utf-8")
+    for library in (False, True):
+        file, instance, captured = load_and_capture(reference, settings, dtype, chip, library=library)
+        try:
+            emitted = emit(file, instance.model, captured, chip, library=library, dtype=dtype)
+        except NoKernel:
+            continue
+        if emitted.text == text:
+            return file, emitted.planned
+    raise ToolMissing(
+        f"{candidate} is not what this version writes for {reference} with these options, and there is no GPU "
+        "to run it; verify it on a machine with one, or write it again with `fusewright optimize`"
+    )
