@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fusewright.chip import chip_for
-from fusewright.errors import CannotCapture, WrongResult
+from fusewright.errors import CannotCapture, ToolMissing, WrongResult
 from fusewright.tools import optimize as tool
 from fusewright.tools import plan_check
 from fusewright.tools.optimize import Request, optimize
@@ -114,3 +114,17 @@ def test_a_random_model_is_not_judged(tmp_path: Path) -> None:
     shown, stream = console()
     assert optimize(request, shown).check is None
     assert "nothing was checked" in stream.getvalue() and request.out.is_file()
+
+
+def test_what_is_too_large_to_simulate_is_no_wrong_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, (shown, stream) = request_for(tmp_path), console()
+    monkeypatch.setattr(tool, "SIMULATED", 0)
+    written = optimize(request, shown).check
+    assert written is not None and written["passed"] is True and written["kernels"] is None
+    assert "kernels: too large to simulate" in stream.getvalue()
+    report = verify_files(request.path, request.out, None, {}, shown)
+    assert report["passed"] is True and report["kernels"] is None
+    monkeypatch.setattr(tool, "CHECKED", 0)
+    assert optimize(request, shown).check is None
+    with pytest.raises(ToolMissing, match="too large to check"):
+        verify_files(request.path, request.out, None, {}, shown)

@@ -197,20 +197,32 @@ def _check_without_gpu(
     request: Request, file: ModelFile, planned: tuple[Planned, ...], console: Console
 ) -> dict[str, Any] | None:
     with console.status("checking the plan and simulating the kernels at small sizes"), without_gpu():
-        reduced = small(file, request.settings, request.dtype)
-        if reduced.parameters > CHECKED:
-            console.print(Text("the model is too large to check without a GPU; nothing was checked", "yellow"))
-            return None
-        if not reduced.repeats():
-            console.print(Text("eager itself gives something else each time; nothing was checked", "yellow"))
-            return None
-        simulate = reduced.parameters <= SIMULATED
-        outcome = plan_check.check(reduced, request.chip, planned, request.schedules if simulate else 0)
+        outcome = check_small(file, request.settings, request.dtype, request.chip, planned, request.schedules)
+    if isinstance(outcome, str):
+        console.print(Text(f"{outcome}; nothing was checked", "yellow"))
+        return None
     console.print(checked(outcome))
     failed = [o for o in (outcome.plan, outcome.kernels) if o is not None and not o.passed]
     if failed:
         raise WrongResult(f"{failed[0].where} is wrong at {outcome.sizes}; nothing was written. Please report this.")
     return {"passed": True, "simulated": True, **asdict(outcome)}
+
+
+def check_small(
+    file: ModelFile,
+    settings: Mapping[str, object],
+    dtype: torch.dtype | None,
+    chip: Chip,
+    planned: Sequence[Planned],
+    schedules: int,
+) -> plan_check.PlanCheck | str:
+    """Checks at sizes that a CPU can do, the kernels too unless that takes too long; or says why nothing can be."""
+    reduced = small(file, settings, dtype)
+    if reduced.parameters > CHECKED:
+        return "the model is too large to check without a GPU"
+    if not reduced.repeats():
+        return "eager itself gives something else each time"
+    return plan_check.check(reduced, chip, planned, schedules if reduced.parameters <= SIMULATED else 0)
 
 
 def checked(outcome: plan_check.PlanCheck) -> Group:
