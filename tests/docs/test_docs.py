@@ -83,3 +83,11 @@ def test_missing_parts_are_found() -> None:
     assert missing("one\nthree\n", actual) == "one\nthree"
     assert missing("three\n…\none\n", actual) == "one"
     assert missing("on\n", actual) == "on"
+
+
+def test_supported_versions_are_those_of_the_package() -> None:
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python, torch = (re.search(rf'{name}>=([\d.]+)"', package) for name in ('requires-python = "', "torch"))
+    assert python and torch
+    machines = (DOCS / "limits.md").read_text(encoding="utf-8")
+    assert f"Python ≥ {python[1]}, torch ≥ {torch[1]}." in machines

@@ -1,4 +1,4 @@
-"""Door 2: writes a model file whose class runs our kernels. One file, which needs torch and a CUDA compiler only."""
+"""Door 2: writes a model file whose class runs our kernels. One file, which torch builds without us."""
 
 from __future__ import annotations
 
