@@ -87,7 +87,8 @@ def cache_clear(
     if not yes:
         if not sys.stdin.isatty():
             raise NotConfirmed(f"would remove {what}; say so with --yes where nobody can be asked")
-        typer.confirm(f"Remove {what}?", abort=True, err=True)
+        if not typer.confirm(f"Remove {what}?", err=True):
+            raise NotConfirmed("nothing was removed")
     cleared = clear(kinds=kind or ())
     stay = f"; {cleared.in_use} stay, which other processes are building" if cleared.in_use else ""
     output.console.print(f"removed {cleared.entries} entries ({size(cleared.bytes)}){stay}", markup=False)
