@@ -521,7 +521,7 @@ def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     unknown = run("cache", "clear", "--kind", "cubins", "--yes")
     assert unknown.code == 2 and "its kinds are: cubin, simulator, tuning" in unknown.err
     assert run("cache", "clear", "--kind", "simulator", "--yes").code == 0  # nothing is there
-    assert "removed 1 entries" in run("cache", "clear", "--kind", "cubin", "--yes").out
+    assert "removed 1 entry" in run("cache", "clear", "--kind", "cubin", "--yes").out
     assert [(k.kind, k.entries) for k in stored()] == [("cubin", 0), ("tuning", 1)]
     for answer, code, left in (("n", 2, 1), ("y", 0, 0)):
         terminal = io.StringIO(f"{answer}\n")

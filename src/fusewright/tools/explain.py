@@ -18,6 +18,7 @@ from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
 from fusewright.kernels.gemm_skinny import GemmSkinny
 from fusewright.tools.planned import Planned
+from fusewright.tools.units import counted
 from fusewright.tools.units import flop as _flop
 from fusewright.tools.units import size as _size
 from fusewright.tools.units import time as _time
@@ -136,9 +137,9 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
     """For a terminal."""
     parts: list[Any] = [Text(f"{header['model']}: {header['inputs']}, for {header['arch']} ({chip.name})", "bold")]
     for e in explanations:
-        table = Table(
-            title=f"{e.graph}: {e.launches_before} operators, {e.launches_after} launches", title_justify="left"
-        )
+        before = counted(e.launches_before, "operator", "operators")
+        after = counted(e.launches_after, "launch", "launches")
+        table = Table(title=f"{e.graph}: {before}, {after}", title_justify="left")
         table.add_column("operators", overflow="fold")
         table.add_column("kernel", overflow="fold")
         table.add_column("moves", justify="right")
