@@ -553,11 +553,11 @@ def test_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     unknown = run("cache", "clear", "--kind", "cubins", "--yes")
     assert unknown.code == 2 and "its kinds are: cubin, simulator, tuning" in unknown.err
     assert run("cache", "clear", "--kind", "simulator", "--yes").code == 0  # nothing is there
-    assert "removed 1 entries" in run("cache", "clear", "--kind", "cubin", "--yes").out
+    assert "removed 1 entry" in run("cache", "clear", "--kind", "cubin", "--yes").out
     assert [(k.kind, k.entries) for k in stored()] == [("cubin", 0), ("tuning", 1)]
-    for answer, left in (("n", 1), ("y", 0)):
+    for answer, code, left in (("n", 2, 1), ("y", 0, 0)):
         terminal = io.StringIO(f"{answer}\n")
         monkeypatch.setattr(terminal, "isatty", lambda: True)
         monkeypatch.setattr(sys, "stdin", terminal)
-        assert run("cache", "clear").code == left
+        assert run("cache", "clear").code == code
         assert sum(k.entries for k in stored()) == left

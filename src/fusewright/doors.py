@@ -58,7 +58,8 @@ def linear(
     surrounding compiler fuses them. On the CPU Inductor compiles the call, or with `simulate` the simulator runs it.
 
     Raises CannotFuse, which names the operator, if the epilogue does not fit into the product's kernel; EagerFailure if
-    the call fails in plain PyTorch, too; UnknownSetting, InvalidSetting, UnknownArch, MixedDevices.
+    the call fails in plain PyTorch, too; UnknownSetting, InvalidSetting, UnknownArch, MixedDevices; FrozenGradients and
+    CannotReplay where `freeze` or `cuda_graphs` is set.
     """
     from fusewright.capture import epilogues  # imports Dynamo
 

@@ -110,4 +110,4 @@ class BadMeasurement(FusewrightError):
 
 
 class NotConfirmed(FusewrightError):
-    """What cannot be undone was neither confirmed with an option nor could anybody be asked."""
+    """What cannot be undone was confirmed neither with an option nor by who was asked."""

@@ -24,9 +24,9 @@ ENVIRONMENT = {
 class Settings:
     """Options of one compilation; every default is the careful one.
 
-    library: let cuBLAS compete for a GEMM region in process. simulate: run the kernels on the CPU in the
-    simulator. schedules: how many thread orders the simulator tries. arch: the chip to compile for when there is
-    no GPU; None means the GPU at hand. cuda_graphs: replay what a call launches as one CUDA graph.
+    library: let cuBLAS compete for matrix products, on a GPU. simulate: run the kernels on the CPU in the simulator.
+    schedules: with `simulate`, how many orders of its threads each launch tries. arch: with `simulate`, the chip to
+    compile for; None means sm_90a. On a GPU it is that GPU. cuda_graphs: replay what a call launches as one CUDA graph.
     freeze: parameters and buffers never change, so what is made of them (fp16 halves of float32 weights) is kept from
     one call to the next, in as much memory again; refuses gradients. `fusewright.thaw()` forgets it.
     tuned: programs to run without measuring, as `fusewright cache tuned` lists them; what it does not name is measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from device import DEVICES
 
 
@@ -10,3 +11,10 @@ from device import DEVICES
 def device(request: pytest.FixtureRequest) -> str:
     """Of what device the tensors are: the CPU's go to the simulator."""
     return request.param
+
+
+@pytest.fixture
+def need_hopper(request: pytest.FixtureRequest) -> None:
+    """GPU tests need the one whose instructions these are."""
+    if request.node.get_closest_marker("gpu") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")

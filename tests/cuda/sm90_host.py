@@ -1,4 +1,4 @@
-"""Host side of `gemm_sm90.cuh` and `split_f16.cuh` for tests and benchmarks: source, tensor maps, launches.
+"""Host side of `gemm_sm90.cuh` and `split_f16.cuh` for tests and benchmarks: source, operands, tensor maps, launches.
 
 Where there is no cubin, kernels run in the simulator, on CPU tensors.
 """
@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import simt
@@ -16,6 +17,7 @@ import torch
 
 from fusewright.codegen.launch import Arg, BufferArg, FloatArg, LaunchSpec, SizeArg, TensorMapArg
 from fusewright.ir.encoding import Halves
+from fusewright.runtime.nvrtc import compile_cubin
 from fusewright.simulator.buffer import Buffer
 from fusewright.simulator.simulate import Simulator
 from fusewright.simulator.tensor_map import EncodedMap, encode
@@ -408,3 +410,61 @@ class Halved:
         if not self.layout.by_line:
             return self.exponent.expand(self.layout.lines)[:, None]
         return (14 + 127 - (self.lines >> 23)).clamp(max=126)[:, None]
+
+
+F16X3 = GemmConfig(products=3, tile=(128, 128), stages=3, promote=32, scaled=True)
+
+
+@cache
+def compiled(source: str) -> bytes:
+    return compile_cubin(source, "sm_90a").code
+
+
+def cubin(source: str, device: str) -> bytes | None:
+    """None for the simulator, which compiles by itself."""
+    return compiled(source) if device == "cuda" else None
+
+
+class Operand:
+    """A float32 matrix [rows, k] as a product wants it stored: in K-major or MN-major order, split or rounded.
+
+    values: as stored; random numbers if there are none.
+    """
+
+    def __init__(
+        self,
+        config: GemmConfig,
+        rows: int,
+        k: int,
+        major: str,
+        device: str,
+        values: torch.Tensor | None = None,
+        by_line: bool = False,
+    ) -> None:
+        shape = (rows, k) if major == "K" else (k, rows)
+        stored = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) if values is None else values
+        stored = stored.to(device)
+        self.device, self.exponent = device, None
+        if config.scaled:
+            planes = config.products // 2 + 1
+            self.split = Split(cubin(SPLIT.format(planes=planes), device), planes, by_line)
+            self.halved = self.split.buffers(stored)
+            self.split.run(stored, self.halved)
+            self.data, self.exponent, self.stored = self.halved.data, self.halved.given, stored
+        else:
+            dtypes = {"__nv_bfloat16": torch.bfloat16, "__half": torch.float16, "float": torch.float32}
+            stored = stored.to(dtypes[config.element])
+            self.data = self.stored = stored
+        self.values = stored if major == "K" else stored.T
+
+
+def multiply(
+    config: GemmConfig, a: Operand, b: Operand, bias: torch.Tensor, factor: float, slope: float
+) -> torch.Tensor:
+    dtype = {"float": torch.float32, "__half": torch.float16, "__nv_bfloat16": torch.bfloat16}[config.out]
+    rows, columns = (b, a) if config.registers else (a, b)
+    out = torch.full((rows.values.shape[0], columns.values.shape[0]), float("nan"), dtype=dtype, device=a.device)
+    gemm = Gemm(config, cubin(config.source(), a.device))
+    read = a.stored if config.registers else a.data
+    gemm.prepare(read, b.data, out, bias, factor, slope, (a.exponent, b.exponent), a.values.shape[1])()
+    return out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from blocks import DOCS, ROOT, Runner, blocks, missing
 
 from fusewright import errors
+from fusewright.simulator.errors import SharedMemoryRace
 
 TOUR = DOCS / "tour.md"
 PAGES = sorted({*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"} - {TOUR})
@@ -83,3 +85,26 @@ def test_missing_parts_are_found() -> None:
     assert missing("one\nthree\n", actual) == "one\nthree"
     assert missing("three\n…\none\n", actual) == "one"
     assert missing("on\n", actual) == "on"
+
+
+def test_the_race_report_is_that_of_the_example(tmp_path: Path) -> None:
+    """As debugging-kernels.md says how to plant the race."""
+    example, shown = (b for b in blocks(DOCS / "debugging-kernels.md") if "reverse" in b.text and "gdb" not in b.text)
+    text = example.text
+    for old, new in (("    __syncthreads();\n", ""), ("tile[63 - threadIdx.x]", "tile[threadIdx.x & ~1]")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script = tmp_path / "race.py"
+    script.write_text(text, encoding="utf-8")
+    with pytest.raises(SharedMemoryRace) as race:
+        runpy.run_path(str(script))
+    *report, _ = shown.text.splitlines()
+    assert str(race.value).splitlines()[: len(report)] == report
+
+
+def test_supported_versions_are_those_of_the_package() -> None:
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python, torch = (re.search(rf'{name}>=([\d.]+)"', package) for name in ('requires-python = "', "torch"))
+    assert python and torch
+    machines = (DOCS / "limits.md").read_text(encoding="utf-8")
+    assert f"Python ≥ {python[1]}, torch ≥ {torch[1]}." in machines

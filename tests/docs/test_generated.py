@@ -37,7 +37,8 @@ def environment() -> str:
 
 def commands() -> str:
     parts = []
-    for name, command in sorted(_commands("fusewright", typer.main.get_command(app))):
+    root = typer.main.get_command(app)
+    for name, command in [("fusewright", root), *sorted(_commands("fusewright", root))]:
         parts += [f"### `{name}`", "", (command.help or "").strip().split("\n\n")[0].replace("\n", " "), ""]
         rows = [row for parameter in command.params if (row := _row(parameter))]
         if rows:
@@ -58,7 +59,7 @@ def _row(parameter: Any) -> str | None:
     meaning = (getattr(parameter, "help", None) or "").replace("|", "\\|").replace("<", "&lt;")
     if parameter.param_type_name == "argument":
         return f"| `{parameter.metavar or parameter.name.upper()}` | {meaning} |"
-    if "--help" in parameter.opts:
+    if {"--help", "--install-completion", "--show-completion"} & {*parameter.opts}:  # typer's, in its own words
         return None
     metavar = parameter.metavar or ("" if parameter.is_flag else parameter.name.upper())
     spelled = ", ".join(f"`{o} {metavar}`".replace(" `", "`") for o in parameter.opts)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from fusewright.chip import CHIPS
-from fusewright.codegen.host import HostPrinter, Kernels
 from fusewright.codegen.launch import BufferArg, LaunchSpec, TensorMapArg
 from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Matrix, Region
 from fusewright.ir.encoding import Halves
@@ -24,6 +23,7 @@ from fusewright.kernels.gemm_sm90 import GemmSm90, HalfProducts
 from fusewright.kernels.gemm_sm90_tiles import IN_REGISTERS, TILES, Tile
 from fusewright.kernels.split_f16 import encode_program
 from fusewright.runtime.nvrtc import cached_cubin, parse_resources
+from fusewright.tools.host import HostPrinter, Kernels
 from graphs import planned
 
 H200 = CHIPS["sm_90a"]

@@ -8,15 +8,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusewright.chip import chip_for
+from fusewright.chip import Chip, chip_for
 from fusewright.tools.explain import Explanation, explain, render
 from model_files import MODELS, model, varied, written
 
 CHIP = chip_for("sm_90a")
 
 
-def explained(text: str, library: bool = False) -> list[Explanation]:
-    return [explain(p, p.sizes, CHIP) for p in written(text, library=library).emitted.planned]
+def explained(text: str, library: bool = False, chip: Chip = CHIP) -> list[Explanation]:
+    planned = written(text, library=library, chip=chip.arch).emitted.planned
+    return [explain(p, p.sizes, chip) for p in planned]
 
 
 def shown(explanations: list[Explanation]) -> str:
@@ -37,6 +38,25 @@ def test_counts_of_a_product_with_an_epilogue() -> None:
     assert first.bytes_after == row.bytes == 4 * (operands + result)
     assert row.flop == 2 * 24 * 20 * 16
     assert row.floor_seconds == first.floor_seconds == max(row.bytes / CHIP.bandwidth, row.flop / CHIP.fp32)
+
+
+def test_the_floor_of_few_rows_is_that_of_tensor_cores() -> None:
+    """32 rows make the A100's CUDA cores slower than its memory; gemm_skinny does not use them."""
+    chip = chip_for("sm_80")
+    text = model(
+        """
+    def __init__(self):
+        super().__init__()
+        self.gemm = nn.Linear(4096, 4096)
+
+    def forward(self, x):
+        return self.gemm(x)
+""",
+        inputs="torch.rand(32, 4096)",
+    )
+    (row,) = explained(text, chip=chip)[0].regions
+    assert row.family.startswith("gemm_skinny")
+    assert row.floor_seconds == row.bytes / chip.bandwidth < row.flop / chip.fp32
 
 
 def test_the_floor_is_that_of_the_dtype() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from fusewright.errors import CannotReplay, FrozenGradients, MixedDevices
 from fusewright.fusion.plan import FusionPlan
 from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.choose import capabilities
+from fusewright.passes.format import Capabilities
 from fusewright.runtime.autotune import executable_of
 from fusewright.runtime.graphs import Replayed
 from fusewright.runtime.target import BACKGROUND, GpuTarget, SimulatorTarget, Target, load_toolkit
@@ -71,59 +73,93 @@ def fusewright(
         _announce("CPU tensors: compiled by Inductor (pass options={'simulate': True} to run fusewright's kernels)")
         inductor = torch._dynamo.lookup_backend("inductor")
         return cast("Callable[..., Any]", inductor(module, list(example_inputs)))
-    target = target_for(device, settings)
-    target.prepare()
-    library = settings.library and not settings.simulate
-    products = capabilities(target.chip, library=library, tensor_maps=target.tensor_maps, tf32=tf32_allowed())
+    return _Compilation.of(settings, device, check).compiled(module, example_inputs)
 
-    def split_joint(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-        if settings.freeze:
+
+@dataclass(frozen=True)
+class _Compilation:
+    """What AOTAutograd calls back for the graphs that it makes of one of Dynamo's: one to split, two or one to compile.
+
+    library: cuBLAS competes. products: what float32 products gain from halves on the target.
+    """
+
+    settings: Settings
+    device: torch.device
+    target: Target
+    library: bool
+    products: Capabilities | None
+    check: Callable[[FusionPlan, bool], None] | None
+    direct: Direct
+
+    @classmethod
+    def of(
+        cls, settings: Settings, device: torch.device, check: Callable[[FusionPlan, bool], None] | None
+    ) -> _Compilation:
+        target = target_for(device, settings)
+        target.prepare()
+        library = settings.library and not settings.simulate
+        products = capabilities(target.chip, library=library, tensor_maps=target.tensor_maps, tf32=tf32_allowed())
+        return cls(settings, device, target, library, products, check, Direct())
+
+    def compiled(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiling = aot_autograd(
+            fw_compiler=self.compile,
+            bw_compiler=self.compile,
+            inference_compiler=self.compile,
+            partition_fn=self.split,
+            decompositions=decompositions(),
+        )
+        # A backward's kernels compile beside those of its forward; in the simulator too many are never run.
+        with functorch_config.patch(force_non_lazy_backward_lowering=not self.settings.simulate):
+            wrapped: Callable[..., Any] = compiling(module, example_inputs)
+        return self.direct.around(wrapped, module, example_inputs)
+
+    def split(self, joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        """A joint graph into forward and backward."""
+        if self.settings.freeze:
             raise FrozenGradients(_FROZEN)
         if reads_numbers(joint):
             return default_partition(joint, inputs, **options)
-        return partition_joint(joint, inputs, capabilities=products, **options)
+        return partition_joint(joint, inputs, capabilities=self.products, **options)
 
-    def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A graph of inference, of forward or of backward."""
         if reads_numbers(graph):
-            if settings.cuda_graphs:
-                raise CannotReplay(
-                    _READS.format("which a CUDA graph cannot hold: take that out, or leave cuda_graphs off")
-                )
-            _announce(_READS.format("so it runs as ATen's operators"))
-            donate_nothing()
-            return cast("Callable[..., Any]", make_boxed_func(graph.forward))
+            return self._as_it_is(graph)
+        backward, cuda_graphs = is_backward(graph), self.settings.cuda_graphs
         # What a joint graph's products read was decided before it was split.
-        chosen = None if RESULTS in graph.meta or is_backward(graph) else products
-        kept = stationary(graph) if settings.freeze else ()
+        chosen = None if RESULTS in graph.meta or backward else self.products
+        kept = stationary(graph) if self.settings.freeze else ()
         built = compiler.build(
-            from_fx(graph), target, device, library=library, capabilities=chosen, kept=kept, tuned=settings.tuned or ""
+            from_fx(graph),
+            self.target,
+            self.device,
+            library=self.library,
+            capabilities=chosen,
+            kept=kept,
+            tuned=self.settings.tuned or "",
         )
-        _tell_kept(executable_of(built).plan)
-        if check is not None:
-            check(executable_of(built).plan, is_backward(graph))
-        results = graph.meta.get(RESULTS)
-        replayed = Replayed.of(built, stationary(graph), results, kept) if settings.cuda_graphs else built
+        plan, results = executable_of(built).plan, graph.meta.get(RESULTS)
+        _tell_kept(plan)
+        if self.check is not None:
+            self.check(plan, backward)
+        replayed = Replayed.of(built, stationary(graph), results, kept) if cuda_graphs else built
         donate_nothing()
-        run = bringing(replayed, graph, device, backward=is_backward(graph))
-        if is_backward(graph):
-            direct.add_backward(run, graph)
+        run = bringing(replayed, graph, self.device, backward=backward)
+        if backward:
+            self.direct.add_backward(run, graph)
         else:
-            direct.add_forward(run, results)
+            self.direct.add_forward(run, results)
         boxed: Callable[..., Any] = make_boxed_func(run)
         return boxed
 
-    direct = Direct()
-    compiling = aot_autograd(
-        fw_compiler=compile_fx,
-        bw_compiler=compile_fx,
-        inference_compiler=compile_fx,
-        partition_fn=split_joint,
-        decompositions=decompositions(),
-    )
-    # A backward's kernels compile beside those of its forward; in the simulator too many are never run.
-    with functorch_config.patch(force_non_lazy_backward_lowering=not settings.simulate):
-        wrapped: Callable[..., Any] = compiling(module, example_inputs)
-    return direct.around(wrapped, module, example_inputs)
+    def _as_it_is(self, graph: fx.GraphModule) -> Callable[..., Any]:
+        """By ATen's operators."""
+        if self.settings.cuda_graphs:
+            raise CannotReplay(_READS.format("which a CUDA graph cannot hold: take that out, or leave cuda_graphs off"))
+        _announce(_READS.format("so it runs as ATen's operators"))
+        donate_nothing()
+        return cast("Callable[..., Any]", make_boxed_func(graph.forward))
 
 
 def target_for(device: torch.device, settings: Settings) -> Target:

@@ -72,7 +72,7 @@ def cache_clear(
     """Remove what the cache holds. Programs that use it now go on, and compile again what they need."""
     from fusewright.runtime.cache import KINDS, clear, stored
     from fusewright.settings import cache_dir
-    from fusewright.tools.units import size
+    from fusewright.tools.units import counted, size
 
     output = Output("cache clear", json_)
     everything = stored()
@@ -83,14 +83,17 @@ def cache_clear(
             f"the cache has no kind {', '.join(map(repr, unknown))}; its kinds are: {', '.join(known)}"
         )
     held = [k for k in everything if not kind or k.kind in kind]
-    what = f"{sum(k.entries for k in held)} entries ({size(sum(k.bytes for k in held))}) from {cache_dir()}"
+    count = counted(sum(k.entries for k in held), "entry", "entries")
+    what = f"{count} ({size(sum(k.bytes for k in held))}) from {cache_dir()}"
     if not yes:
         if not sys.stdin.isatty():
             raise NotConfirmed(f"would remove {what}; say so with --yes where nobody can be asked")
-        typer.confirm(f"Remove {what}?", abort=True, err=True)
+        if not typer.confirm(f"Remove {what}?", err=True):
+            raise NotConfirmed("nothing was removed")
     cleared = clear(kinds=kind or ())
     stay = f"; {cleared.in_use} stay, which other processes are building" if cleared.in_use else ""
-    output.console.print(f"removed {cleared.entries} entries ({size(cleared.bytes)}){stay}", markup=False)
+    count = counted(cleared.entries, "entry", "entries")
+    output.console.print(f"removed {count} ({size(cleared.bytes)}){stay}", markup=False)
     output.result(
         {"location": cache_dir(), "removed": cleared.entries, "bytes": cleared.bytes, "in_use": cleared.in_use}
     )

@@ -91,9 +91,9 @@ class LaunchSpec:
 
     kernel: the `extern "C"` name in `source`. source: a whole translation unit whose `#include "….cuh"` lines
     name files of `fusewright/cuda`. grid: blocks, as sizes; a launch with an empty grid is skipped.
-    block: threads. shared_bytes: dynamic shared memory. comment: the operators it computes, for a reader.
-    unaligned: the launch to use when a pointer is less aligned than this one needs. early: it may begin before the
-    launch before it has ended, for which it waits itself (launch.cuh). ahead: buffers that it reads before it waits.
+    block: threads. shared_bytes: dynamic shared memory. unaligned: the launch to use when a pointer is less aligned
+    than this one needs. early: it may begin before the launch before it has ended, for which it waits itself
+    (launch.cuh). ahead: buffers that it reads before it waits.
     """
 
     kernel: str
@@ -103,7 +103,6 @@ class LaunchSpec:
     args: tuple[Arg, ...]
     shared_bytes: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
-    comment: str = ""
     unaligned: LaunchSpec | None = field(default=None, repr=False)
     early: bool = False
     ahead: tuple[str, ...] = ()

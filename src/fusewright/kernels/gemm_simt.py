@@ -160,7 +160,6 @@ def gemm_launch(region: Region, config: Config, wide: bool = True, guard: Guard 
         block=(config.threads(), 1, 1),
         args=args,
         shared_bytes=config.shared_bytes(gemm.accumulator),
-        comment=comment(region),
         early=True,
         unaligned=gemm_launch(region, config, wide=False, guard=guard) if vectorised or epilogue.aligned else None,
     )

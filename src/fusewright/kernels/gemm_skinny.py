@@ -165,7 +165,6 @@ def _launch(region: Region, tile: Tile) -> LaunchSpec:
         block=(_THREADS, 1, 1),
         args=args,
         shared_bytes=tile.shared_bytes,
-        comment=comment(region),
         unaligned=gemm_launch(region, CONFIGS[-1], wide=False),
         early=True,
         ahead=(gemm.b.buffer,),

@@ -293,7 +293,6 @@ def _launch(region: Region, tile: Tile, a: Operand, b: Operand, chip: Chip, wide
         block=(THREADS, 1, 1),
         args=(*args, *(p.arg for p in epilogue.parameters)),
         shared_bytes=ring[1],
-        comment=comment(region),
         early=True,
         unaligned=_unaligned(region, tile, a, b, chip, wide and epilogue.aligned),
     )

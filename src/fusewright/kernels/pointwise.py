@@ -60,7 +60,6 @@ def pointwise_launch(region: Region, chip: Chip, wide: bool = True) -> LaunchSpe
         grid=(_at_most(blocks, limit), 1, 1),
         block=(THREADS, 1, 1),
         args=(SizeArg(_rows(region)), SizeArg(region.columns), *(p.arg for p in body.parameters)),
-        comment=comment(region),
         early=True,
         unaligned=pointwise_launch(region, chip, wide=False) if wide and body.aligned else None,
     )
@@ -142,7 +141,6 @@ def _sum_launch(
             SizeArg(rows_per_split),
             *(p.arg for p in body.parameters),
         ),
-        comment=comment(region),
         early=True,
         unaligned=_sum_launch(region, width, strips, splits, rows_per_split, threads, wide=False)
         if wide and body.aligned

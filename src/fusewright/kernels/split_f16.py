@@ -171,7 +171,7 @@ def _sample(step: Encode, count: int) -> LaunchSpec:
     )
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32, written=True))
     grid = (count, len(step.matrices), 1)
-    return _launch(_kernel("sample", step), text, grid, args, "look at a sample")
+    return _launch(_kernel("sample", step), text, grid, args)
 
 
 def _look(step: Encode, matrices: int) -> list[str]:
@@ -216,8 +216,7 @@ def _split_lines(step: Encode, sampled: int, count: int) -> LaunchSpec:
     if sampled:
         args.append(BufferArg(SAMPLES, torch.int32, written=True))
     args += [SizeArg(r) for r in rows]
-    operators = ", ".join(step.operators[i] for i in lines)
-    return _launch(name, text, (count, sampled + sum(rows), 1), tuple(args), operators)
+    return _launch(name, text, (count, sampled + sum(rows), 1), tuple(args))
 
 
 def _rows_of_blocks(result: Encoded, count: int) -> Size:
@@ -249,7 +248,7 @@ def _split(step: Encode, count: int, chip: Chip) -> LaunchSpec:
     text = _text(step, _kernel("split", step), comment, parameters, body)
     args = (*_matrix_args(step), BufferArg(SAMPLES, torch.int32), SizeArg(count), *(SizeArg(c) for c in counts))
     grid = (sum(counts), 1, 1)
-    return _launch(_kernel("split", step), text, grid, args, ", ".join(step.operators))
+    return _launch(_kernel("split", step), text, grid, args)
 
 
 def _split_blocks(result: Encoded, chip: Chip) -> Size:
@@ -323,11 +322,11 @@ def mark_lost(name: str, tiles: Size) -> LaunchSpec:
     ]
     args = (lost_arg(True), SizeArg(tiles))
     grid = (blocks(tiles, _THREADS), 1, 1)
-    return _launch(f"{name}_mark", "\n".join(source), grid, args, "mark all as lost")
+    return _launch(f"{name}_mark", "\n".join(source), grid, args)
 
 
-def _launch(name: str, source: str, grid: tuple[Size, Size, Size], args: tuple[Arg, ...], comment: str) -> LaunchSpec:
-    return LaunchSpec(name, source, grid, (_THREADS, 1, 1), args, comment=comment, early=True)
+def _launch(name: str, source: str, grid: tuple[Size, Size, Size], args: tuple[Arg, ...]) -> LaunchSpec:
+    return LaunchSpec(name, source, grid, (_THREADS, 1, 1), args, early=True)
 
 
 def lost_flags(tiles: Size) -> Buffer:

@@ -1,4 +1,4 @@
-"""Door 2: writes a model file whose class runs our kernels. One file, which needs torch and a CUDA compiler only."""
+"""Door 2: writes a model file whose class runs our kernels. One file, which torch builds without us."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fusewright import __version__
 from fusewright.capture.model import CapturedModel, OutputIndex, member, undecorated
 from fusewright.capture.model_file import ModelFile
 from fusewright.chip import Chip
-from fusewright.codegen.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
 from fusewright.errors import CannotCapture, NoKernel, UnsupportedDtype
 from fusewright.fusion.plan import View
 from fusewright.runtime.nvrtc import DEVICE_CODE
 from fusewright.tools import freeze
+from fusewright.tools.host import AT_TYPES, HostPrinter, Kernels, meta_function, tensor_inputs
 from fusewright.tools.model_source import ModelSource, split
 from fusewright.tools.planned import Planned, plan_model
 

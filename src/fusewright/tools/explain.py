@@ -13,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fusewright.chip import Chip
-from fusewright.fusion.plan import Encode, Fallback, FusionPlan, Gemm, Region, Step
+from fusewright.fusion.plan import Encode, Fallback, FusionPlan, Region, Step
 from fusewright.ir.size import evaluate
 from fusewright.kernels.base import Program
+from fusewright.kernels.gemm_skinny import GemmSkinny
 from fusewright.tools.planned import Planned
+from fusewright.tools.units import counted
 from fusewright.tools.units import flop as _flop
 from fusewright.tools.units import size as _size
 from fusewright.tools.units import time as _time
@@ -78,11 +80,9 @@ def explain(planned: Planned, sizes: Sizes, chip: Chip) -> Explanation:
 def _row(step: Region | Encode, program: Program, plan: FusionPlan, sizes: Sizes, chip: Chip) -> RegionRow:
     moved = _bytes(step, plan, sizes)
     flop = 0
-    rate = chip.fp32
     if isinstance(step, Region) and step.gemm is not None:
         (m, k), n = step.gemm.a.shape, step.gemm.b.shape[1]
         flop = 2 * int(evaluate(m, sizes)) * int(evaluate(n, sizes)) * int(evaluate(k, sizes))
-        rate = _rate(step.gemm, chip)
     return RegionRow(
         operators=step.operators,
         kernel=step.name,
@@ -90,18 +90,31 @@ def _row(step: Region | Encode, program: Program, plan: FusionPlan, sizes: Sizes
         launches=len(program.launches) + (program.library is not None),
         bytes=moved,
         flop=flop,
-        floor_seconds=max(moved / chip.bandwidth, flop / rate),
+        floor_seconds=max(moved / chip.bandwidth, flop / rates(chip)[rate_name(step, program)]),
     )
 
 
-def _rate(gemm: Gemm, chip: Chip) -> float:
-    """FLOP per second of a product; by halves, two planes each, three products make one."""
+def rates(chip: Chip) -> dict[str, float]:
+    """Operations per second that bound arithmetic, by name. A product by halves is three of fp16, or one; by TF32 three
+    of that."""
+    tf32 = chip.fp16 / 2
+    halves = {"float32 by halves": chip.fp16 / 3, "TF32 by halves": chip.fp16}
+    own = {"float32": chip.fp32, "float16": chip.fp16, "float64": chip.fp64, "TF32": tf32}
+    return {**own, **halves, "float32 by TF32": tf32 / 3}
+
+
+def rate_name(step: Region | Encode, program: Program) -> str:
+    """Which of the `rates` bounds a step that is computed so."""
+    gemm = step.gemm if isinstance(step, Region) else None
+    if gemm is None:
+        return "float32"
     if gemm.encoded:
-        return chip.fp16 / (3 if gemm.encoded[0].halves.planes == 2 else 1)
+        return "float32 by halves" if gemm.encoded[0].halves.planes == 2 else "TF32 by halves"
     if gemm.tf32:
-        return chip.fp16 / 2
-    sixteen = gemm.a.dtype in (torch.float16, torch.bfloat16)
-    return chip.fp16 if sixteen else chip.fp64 if gemm.a.dtype == torch.float64 else chip.fp32
+        return "TF32"
+    if gemm.a.dtype == torch.float32 and program.family == GemmSkinny().name:
+        return "float32 by TF32"
+    return {torch.float16: "float16", torch.bfloat16: "float16", torch.float64: "float64"}.get(gemm.a.dtype, "float32")
 
 
 def touched(step: Step) -> list[str]:
@@ -124,9 +137,9 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
     """For a terminal."""
     parts: list[Any] = [Text(f"{header['model']}: {header['inputs']}, for {header['arch']} ({chip.name})", "bold")]
     for e in explanations:
-        table = Table(
-            title=f"{e.graph}: {e.launches_before} operators, {e.launches_after} launches", title_justify="left"
-        )
+        before = counted(e.launches_before, "operator", "operators")
+        after = counted(e.launches_after, "launch", "launches")
+        table = Table(title=f"{e.graph}: {before}, {after}", title_justify="left")
         table.add_column("operators", overflow="fold")
         table.add_column("kernel", overflow="fold")
         table.add_column("moves", justify="right")

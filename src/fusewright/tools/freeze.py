@@ -15,11 +15,11 @@ from torch import nn
 
 from fusewright.capture.model import CapturedModel
 from fusewright.chip import Chip
-from fusewright.codegen.host import result_type, tensor_inputs
 from fusewright.fusion.plan import Encode, Encoded, FusionPlan, Region, Step, View
 from fusewright.ir.size import evaluate_typical
 from fusewright.kernels.choose import candidates
 from fusewright.kernels.split_f16 import encode_program
+from fusewright.tools.host import result_type, tensor_inputs
 from fusewright.tools.model_source import ModelSource
 from fusewright.tools.planned import Planned
 

@@ -32,7 +32,7 @@ from fusewright.tools.freeze import kept
 from fusewright.tools.modes import check_modes
 from fusewright.tools.planned import Planned, plan_model
 from fusewright.tools.small import CHECKED, SIMULATED, run_eagerly, small
-from fusewright.tools.units import size
+from fusewright.tools.units import counted, size
 from fusewright.tools.verify import Subject, render, verify
 
 
@@ -181,7 +181,7 @@ def compiled(planned: tuple[Planned, ...], chip: Chip) -> list[KernelRow]:
 
 def kernel_table(rows: Sequence[KernelRow], chip: Chip) -> Table:
     """For a terminal."""
-    table = Table(title=f"{len(rows)} kernels compiled for {chip.arch}", title_justify="left")
+    table = Table(title=f"{counted(len(rows), 'kernel', 'kernels')} compiled for {chip.arch}", title_justify="left")
     for column in ("graph", "kernel", "registers", "shared memory", "spills"):
         table.add_column(column, justify="left" if column in ("graph", "kernel") else "right", overflow="fold")
     for row in rows:

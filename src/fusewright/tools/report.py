@@ -218,7 +218,7 @@ def _region(
     return RegionPart(
         number,
         row,
-        _rate_name(step),
+        explain.rate_name(step, program),
         steps,
         row.flop or steps * int(evaluate(elements, planned.sizes)),
         "memory" if row.bytes / chip.bandwidth >= row.floor_seconds else "arithmetic",
@@ -238,24 +238,6 @@ def _steps(step: Region | Encode) -> tuple[int, Size]:
     distinct = [e for e in walk(s.value for s in step.sinks) if isinstance(e, Apply) and e.op != "cast"]
     count = len(distinct) + sum(isinstance(s, ColumnSum) for s in step.sinks)
     return max(count, 0 if step.gemm else 1), product(step.rows) * step.columns
-
-
-def _rates(chip: Chip) -> dict[str, float]:
-    """What bounds arithmetic, by the name that the roofline gives it. A product by halves is three, or one, of fp16."""
-    halves = {"float32 by halves": chip.fp16 / 3, "TF32 by halves": chip.fp16, "TF32": chip.fp16 / 2}
-    return {"float32": chip.fp32, "float16": chip.fp16, "float64": chip.fp64, **halves}
-
-
-def _rate_name(step: Region | Encode) -> str:
-    """As `explain` takes it."""
-    gemm = step.gemm if isinstance(step, Region) else None
-    if gemm is None:
-        return "float32"
-    if gemm.encoded:
-        return "float32 by halves" if gemm.encoded[0].halves.planes == 2 else "TF32 by halves"
-    if gemm.tf32:
-        return "TF32"
-    return {torch.float16: "float16", torch.bfloat16: "float16", torch.float64: "float64"}.get(gemm.a.dtype, "float32")
 
 
 def _moved(step: Step, plan: FusionPlan, sizes: Sizes) -> list[Moved]:
@@ -283,7 +265,7 @@ def _kernel(launch: LaunchSpec, sizes: Sizes, resources: Mapping[str, Any]) -> K
 
 
 def _roofline(graphs: Sequence[GraphPart], chip: Chip, measured: Sequence[Measured]) -> Roofline | None:
-    points, rates = [], _rates(chip)
+    points, rates = [], explain.rates(chip)
     for graph in graphs:
         for r in graph.regions:
             label = f"{graph.name[0].upper()}{r.number}"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(count: int, one: str, several: str) -> str:
+    """Such as "1 launch" and "2 launches"."""
+    return f"{count} {one if count == 1 else several}"
+
+
 def size(count: int) -> str:
     """Bytes, in decimal units."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]

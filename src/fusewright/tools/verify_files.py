@@ -62,7 +62,10 @@ def _simulated(
     console: Console,
     schedules: int,
 ) -> dict[str, Any]:
-    """Without a GPU: the candidate has to be what fusewright writes, the kernels of which are then simulated."""
+    """Without a GPU: the candidate has to be what fusewright writes, the kernels of which are then simulated.
+
+    As for `optimize`, kernels of a model that is too large for that are not: nothing that was checked is then wrong.
+    """
     chip = chip_for(arch)
     with console.status("simulating the kernels at small sizes"):
         with without_gpu():

@@ -19,13 +19,13 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths, library_paths
 
-from fusewright.codegen.host import HostPrinter, Kernels, Result, cxx, permitted, tensor_inputs
 from fusewright.codegen.launch import Arg, BufferArg, LaunchSpec, TensorMapArg
 from fusewright.codegen.text import WIDTH, call
 from fusewright.errors import NoKernel
 from fusewright.fusion.plan import FusionPlan, View
 from fusewright.ir.size import evaluate
 from fusewright.runtime.nvrtc import DEVICE_CODE, compile_cubin
+from fusewright.tools.host import HostPrinter, Kernels, Result, cxx, permitted, tensor_inputs
 from model_files import Written, model, varied, written
 
 N, M = sympy.symbols("n m", integer=True, positive=True)
