@@ -250,6 +250,8 @@ class Importer:
         dtype = accumulator_dtype(dtype)
         shape = tuple(size_of(s) for s in value.shape)
         narrow = row.narrow and value.dtype in (torch.float16, torch.bfloat16)
+        if row.computes_in == "operands":
+            operands = {k: self.stored(v) if isinstance(v, Node) else v for k, v in operands.items()}
         result = row.formula(*(self.prepare(k, v, dtype, shape, narrow) for k, v in operands.items()))
         return result.to(value.dtype).node
 
@@ -265,9 +267,18 @@ class Importer:
 
     def convert_to(self, x: Node, dtype: torch.dtype) -> Node:
         if dtype == torch.bool and x.tensor.dtype != torch.bool:
-            wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
+            wide = self.builder.cast(self.stored(x), accumulator_dtype(x.tensor.dtype), implicit=True)
             return (Value(self.builder, wide) != 0).node
         return self.builder.cast(x, dtype, implicit=True)
+
+    def stored(self, x: Node) -> Node:
+        """A tensor as eager has it in memory, its rounding to 16 bits kept: for what tells the least difference, such
+        as a comparison with what ATen made of the tensor, or a test for what is infinite in 16 bits only."""
+        base = base_of(x)
+        if base.op != "cast" or not base.attribute("implicit"):
+            return x
+        wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
+        return self.builder.cast(wide, x.tensor.dtype, implicit=False)
 
     def operand(self, argument: Any) -> Any:
         """An FX argument as a node (tensor), a size expression or a plain value."""
