@@ -63,7 +63,8 @@ def frozen_address(tensor: Tensor) -> Tensor:
     """What lies where `tensor` lies now, whoever owns it."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     memory = (ctypes.c_char * (span * tensor.itemsize)).from_address(tensor.data_ptr())
-    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    there = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    return torch._conj(there) if tensor.is_conj() else there
 
 
 def shapes(arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -193,6 +194,29 @@ def test_views_of_arguments_follow_the_call() -> None:
         found = call(x)
         same(found, [x.t(), x[1:]])
         assert all(f.untyped_storage().data_ptr() == x.data_ptr() for f in found)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "complex": lambda x: torch.view_as_complex(x)[1:],
+    "conjugate": lambda x: torch.view_as_complex(x).conj(),
+    "negative": lambda x: torch.view_as_complex(x).conj().imag,
+    "bits": lambda x: x.view(torch.int32)[1:],
+    "wider": lambda x: x.view(torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_arguments_keep_their_dtype_and_what_is_lazy(name: str) -> None:
+    call, recorder = replayed(lambda x: [VIEWS[name](x)])
+    x = torch.randn(13, 2)[2:]
+    for _ in range(4):
+        x.normal_()
+        (found,) = call(x)
+        expected = VIEWS[name](x)
+        assert torch.equal(found.resolve_conj(), expected.resolve_conj())
+        assert (found.dtype, found.is_conj(), found.is_neg()) == (expected.dtype, expected.is_conj(), expected.is_neg())
+        assert found._version == x._version
+    assert recorder.replays
 
 
 def test_one_result_in_two_places_stays_one_tensor() -> None:
@@ -343,6 +367,23 @@ def test_training_as_in_eager_by_replays() -> None:
         assert_parameters(model, expected)
     assert len(towers.replays) == 2
     assert min(towers.replays) >= 10
+
+
+def test_a_saved_complex_view_of_a_parameter() -> None:
+    """As of the factors of a rotation: forward saves the view, for a graph of backward that reads the parameter."""
+    pairs = torch.randn(4, 2, requires_grad=True)
+    weight = torch.randn(4, 4, dtype=torch.complex64, requires_grad=True)
+
+    def model() -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(pairs) @ weight.conj())
+
+    towers = Towers()
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=towers.backend())
+    expected = torch.autograd.grad(model().square().sum(), (pairs, weight))
+    for _ in range(6):
+        same(torch.autograd.grad(call().square().sum(), (pairs, weight)), expected)
+    assert towers.replays[0]
 
 
 def test_inputs_that_the_model_changes() -> None:
