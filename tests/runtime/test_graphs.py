@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -271,6 +273,51 @@ def test_another_stream_and_a_capture_of_the_callers_own_do_not_replay() -> None
     recorder.here, recorder.outer = 0, True
     same(call(x, w), product(x, w))
     assert (recorder.captures, recorder.replays) == (1, 1)
+
+
+def test_threads_capture_one_after_the_other() -> None:
+    underway: list[int] = []
+    most = 0
+
+    def alone(record: Any) -> Any:
+        def recording(run: Any, arguments: Any) -> Any:
+            nonlocal most
+            underway.append(1)
+            most = max(most, len(underway))
+            time.sleep(0.05)
+            underway.pop()
+            return record(run, arguments)
+
+        return recording
+
+    def use(start: threading.Barrier) -> None:
+        call, recorder = replayed(lambda x: [x + 1])
+        recorder.record = alone(recorder.record)  # type: ignore[method-assign]
+        x = torch.zeros(3)
+        start.wait()
+        for _ in range(3):
+            same(call(x), [x + 1])
+
+    start = threading.Barrier(4)
+    threads = [threading.Thread(target=use, args=(start,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_capture_that_runs_out_of_memory_says_that() -> None:
+    call, recorder = replayed(lambda x: [x + 1])
+
+    def record(run: Any, arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder.record = record  # type: ignore[method-assign]
+    x = torch.zeros(3)
+    call(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(x)
 
 
 def test_a_failed_capture_names_what_runs_as_aten() -> None:

@@ -39,6 +39,9 @@ CAPTURES = 16  # captures for one set of sizes, before what still changes runs w
 _PLACES = 8  # sets of addresses that are remembered for one set of sizes
 _STAYS = 2  # addresses at which an argument may be seen before it counts as moving
 
+# One capture at a time: each begins by waiting for the device, which another's forbids, and may be on the same stream.
+_CAPTURE = threading.Lock()
+
 Run = Callable[..., list[Any]]
 
 
@@ -216,8 +219,10 @@ class _Sized:
         again = [isinstance(r, Tensor) and _storage(r) in inside for r in first]
         first = [None if a else r for r, a in zip(first, again, strict=True)]
         try:
-            with held() as kept:
+            with held() as kept, _CAPTURE:
                 graph, results = owner.recorder.record(owner.run, static)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
         recording = self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
