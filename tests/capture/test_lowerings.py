@@ -74,6 +74,14 @@ def test_tensors_that_the_model_holds() -> None:
     assert len(record.plans[0].regions) >= 1
 
 
+@pytest.mark.parametrize("cut", [lambda x: x.split([1, 3], -1)[1], lambda x: x.chunk(2)[1], lambda x: x.unbind(1)[1]])
+@pytest.mark.parametrize("turned", [False, True])
+def test_pieces_of_an_input_lie_in_it(cut: Any, turned: bool) -> None:
+    x = torch.randn(4, 1, dtype=torch.float64).expand(4, 4)
+    x = (x.t() if turned else x).requires_grad_()
+    check(lambda x: (cut(x), x * 2), x)
+
+
 def test_neighbours_of_16_bit_floats_are_left_to_aten() -> None:
     x = torch.tensor([1.0, -2.0, 0.0], dtype=torch.bfloat16)
     run, record = planned_module(lambda x: torch.nextafter(x, x + 1) * 2)

@@ -179,7 +179,8 @@ class Importer:
         if parts is None or not self.taken_apart(source, source.meta["val"][0]):
             return None
         arguments = {k: self.operand(v) for k, v in _bind(source.target, source).items()}  # type: ignore[arg-type]
-        return parts(self, source.meta["val"], index, **arguments)
+        piece = parts(self, source.meta["val"], index, **arguments)
+        return piece and self.restride(piece, source.meta["val"][index])
 
     def computed(self, result: Node, new: set[Node]) -> Node | None:
         """The node below the views and roundings of a call's result that computes it; None if the call only views."""
