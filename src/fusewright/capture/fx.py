@@ -29,7 +29,7 @@ from fusewright.ir.graph import (
     base_of,
 )
 from fusewright.ir.ops import ROWS
-from fusewright.ir.size import Size, product
+from fusewright.ir.size import Size, broadcasts, product
 from fusewright.ir.value import Value
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -250,6 +250,8 @@ class Importer:
             operands = {k: _rounded(v, dtype) if isinstance(v, float) else v for k, v in operands.items()}
         dtype = accumulator_dtype(dtype)
         shape = tuple(size_of(s) for s in value.shape)
+        if not all(broadcasts(v.tensor.shape, shape) for v in operands.values() if isinstance(v, Node)):
+            return None  # sizes that are equal by a guard of torch's alone
         narrow = row.narrow and value.dtype in (torch.float16, torch.bfloat16)
         if row.computes_in == "operands":
             operands = {k: self.stored(v) if isinstance(v, Node) else v for k, v in operands.items()}
