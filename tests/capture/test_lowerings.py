@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,27 @@ def test_nan_to_num_takes_the_limits_of_the_results_dtype(dtype: torch.dtype) ->
     x = torch.tensor(SPECIAL if dtype.is_floating_point else [0, 3, -7], dtype=torch.float64).to(dtype)
     record = check(lambda x: (torch.nan_to_num(x), torch.nan_to_num(x, nan=2.0, posinf=3.0, neginf=-4.0)), x)
     assert not record.fallbacks
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda y: y == y.amax(0),
+        lambda y: torch.eq(y[:, None], torch.sort(y)[0]),
+        lambda y: torch.where(y == 0, torch.ones_like(y), y),
+        lambda y: torch.where(torch.isinf(y), torch.full_like(y, 65504.0), y),
+        torch.isfinite,
+        torch.nan_to_num,
+        lambda y: y.bool(),
+        torch.logical_not,
+    ],
+)
+def test_what_tells_the_least_difference_reads_values_as_eager_stores_them(told: Any) -> None:
+    """Squares that have more digits in float32, and there are neither infinite nor 0."""
+    run, _ = planned_module(lambda x: told(x * x))
+    x = torch.cat((torch.linspace(1, 2, 30), torch.tensor([300.0, 1e-4]))).half()
+    for part in (x[:30], x):
+        assert torch.equal(run(part), told(part * part))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -49,6 +72,14 @@ def test_tensors_that_the_model_holds() -> None:
     x = torch.randn(4, 3)
     torch.testing.assert_close(run(x), x * torch.tensor([1.0, 2.0, 3.0]) + 1)
     assert len(record.plans[0].regions) >= 1
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.split([1, 3], -1)[1], lambda x: x.chunk(2)[1], lambda x: x.unbind(1)[1]])
+@pytest.mark.parametrize("turned", [False, True])
+def test_pieces_of_an_input_lie_in_it(cut: Any, turned: bool) -> None:
+    x = torch.randn(4, 1, dtype=torch.float64).expand(4, 4)
+    x = (x.t() if turned else x).requires_grad_()
+    check(lambda x: (cut(x), x * 2), x)
 
 
 def test_neighbours_of_16_bit_floats_are_left_to_aten() -> None:

@@ -65,3 +65,21 @@ def test_what_the_backward_computes_again_knows_its_sizes() -> None:
         torch._dynamo.mark_dynamic(x, 0)
         ours, theirs = (torch.autograd.grad(call(x, w).sum(), w)[0] for call in (run, model))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_halves_whose_sizes_torch_alone_knows_to_be_equal(requires_grad: bool) -> None:
+    """n - (n + 1) // 2 is (n + 1) // 2 by a guard: such an operator runs as ATen."""
+
+    def gated(x: Tensor) -> Tensor:
+        gate, y = x.chunk(2, -1)
+        return F.silu(gate) * y
+
+    torch._dynamo.reset()
+    x = torch.randn(4, 6, requires_grad=requires_grad)
+    run = torch.compile(gated, backend="fusewright", options={"simulate": True}, dynamic=True)
+    y, expected = run(x), gated(x)
+    torch.testing.assert_close(y, expected)
+    if requires_grad:
+        found, wanted = (torch.autograd.grad(r.square().sum(), x) for r in (y, expected))
+        torch.testing.assert_close(found, wanted)

@@ -449,6 +449,13 @@ def test_integers() -> None:
     assert kernels(record) == [["pointwise"]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_sum_that_is_a_result_and_is_converted_has_memory(dtype: torch.dtype) -> None:
+    """As a count, which is returned and divides something."""
+    x = torch.randn(4, 3, dtype=torch.float64).to(dtype)
+    check(lambda x: (x.sum(0), x.sum(0).double()), x)
+
+
 def test_sums_of_different_dtypes_are_apart() -> None:
     """Each kernel adds up in one type."""
     x = torch.randn(6, 12)

@@ -92,6 +92,16 @@ def test_a_16_bit_model_keeps_16_bit_values(dtype: torch.dtype) -> None:
     assert all(b.dtype.itemsize <= 2 for b in saved(record))
 
 
+def test_the_place_of_a_maximum_is_what_the_forward_found() -> None:
+    """Computed again, from the rounded product, the maximum could be none of the values: gradients of 0, or NaN."""
+    x, w = (torch.randn(16, 16).bfloat16().requires_grad_() for _ in range(2))
+    run, record = planned(lambda x, w: F.silu(x @ w).amax(0))
+    run(x, w).sum().backward()
+    assert "eq" not in {n.op for n in record.graphs[1].nodes()}
+    assert w.grad is not None
+    assert bool((w.grad != 0).any(0).all())
+
+
 def test_what_the_next_product_reads_is_kept_rather_than_what_it_came_from() -> None:
     """It is in memory anyway; beside it a mask is enough."""
     record = check(lambda x, w, v: F.linear(F.leaky_relu(F.linear(x, w)), v), leaf(M, K), leaf(N, K), leaf(K, N))

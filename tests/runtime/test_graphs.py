@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +65,8 @@ def frozen_address(tensor: Tensor) -> Tensor:
     """What lies where `tensor` lies now, whoever owns it."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     memory = (ctypes.c_char * (span * tensor.itemsize)).from_address(tensor.data_ptr())
-    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    there = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    return torch._conj(there) if tensor.is_conj() else there
 
 
 def shapes(arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -195,6 +198,29 @@ def test_views_of_arguments_follow_the_call() -> None:
         assert all(f.untyped_storage().data_ptr() == x.data_ptr() for f in found)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "complex": lambda x: torch.view_as_complex(x)[1:],
+    "conjugate": lambda x: torch.view_as_complex(x).conj(),
+    "negative": lambda x: torch.view_as_complex(x).conj().imag,
+    "bits": lambda x: x.view(torch.int32)[1:],
+    "wider": lambda x: x.view(torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_arguments_keep_their_dtype_and_what_is_lazy(name: str) -> None:
+    call, recorder = replayed(lambda x: [VIEWS[name](x)])
+    x = torch.randn(13, 2)[2:]
+    for _ in range(4):
+        x.normal_()
+        (found,) = call(x)
+        expected = VIEWS[name](x)
+        assert torch.equal(found.resolve_conj(), expected.resolve_conj())
+        assert (found.dtype, found.is_conj(), found.is_neg()) == (expected.dtype, expected.is_conj(), expected.is_neg())
+        assert found._version == x._version
+    assert recorder.replays
+
+
 def test_one_result_in_two_places_stays_one_tensor() -> None:
     def run(x: Tensor) -> list[Any]:
         y = x + 1
@@ -247,6 +273,51 @@ def test_another_stream_and_a_capture_of_the_callers_own_do_not_replay() -> None
     recorder.here, recorder.outer = 0, True
     same(call(x, w), product(x, w))
     assert (recorder.captures, recorder.replays) == (1, 1)
+
+
+def test_threads_capture_one_after_the_other() -> None:
+    underway: list[int] = []
+    most = 0
+
+    def alone(record: Any) -> Any:
+        def recording(run: Any, arguments: Any) -> Any:
+            nonlocal most
+            underway.append(1)
+            most = max(most, len(underway))
+            time.sleep(0.05)
+            underway.pop()
+            return record(run, arguments)
+
+        return recording
+
+    def use(start: threading.Barrier) -> None:
+        call, recorder = replayed(lambda x: [x + 1])
+        recorder.record = alone(recorder.record)  # type: ignore[method-assign]
+        x = torch.zeros(3)
+        start.wait()
+        for _ in range(3):
+            same(call(x), [x + 1])
+
+    start = threading.Barrier(4)
+    threads = [threading.Thread(target=use, args=(start,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_capture_that_runs_out_of_memory_says_that() -> None:
+    call, recorder = replayed(lambda x: [x + 1])
+
+    def record(run: Any, arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorder.record = record  # type: ignore[method-assign]
+    x = torch.zeros(3)
+    call(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(x)
 
 
 def test_a_failed_capture_names_what_runs_as_aten() -> None:
@@ -343,6 +414,23 @@ def test_training_as_in_eager_by_replays() -> None:
         assert_parameters(model, expected)
     assert len(towers.replays) == 2
     assert min(towers.replays) >= 10
+
+
+def test_a_saved_complex_view_of_a_parameter() -> None:
+    """As of the factors of a rotation: forward saves the view, for a graph of backward that reads the parameter."""
+    pairs = torch.randn(4, 2, requires_grad=True)
+    weight = torch.randn(4, 4, dtype=torch.complex64, requires_grad=True)
+
+    def model() -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(pairs) @ weight.conj())
+
+    towers = Towers()
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=towers.backend())
+    expected = torch.autograd.grad(model().square().sum(), (pairs, weight))
+    for _ in range(6):
+        same(torch.autograd.grad(call().square().sum(), (pairs, weight)), expected)
+    assert towers.replays[0]
 
 
 def test_inputs_that_the_model_changes() -> None:

@@ -29,7 +29,7 @@ from fusewright.ir.graph import (
     base_of,
 )
 from fusewright.ir.ops import ROWS
-from fusewright.ir.size import Size, product
+from fusewright.ir.size import Size, broadcasts, product
 from fusewright.ir.value import Value
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -179,7 +179,8 @@ class Importer:
         if parts is None or not self.taken_apart(source, source.meta["val"][0]):
             return None
         arguments = {k: self.operand(v) for k, v in _bind(source.target, source).items()}  # type: ignore[arg-type]
-        return parts(self, source.meta["val"], index, **arguments)
+        piece = parts(self, source.meta["val"], index, **arguments)
+        return piece and self.restride(piece, source.meta["val"][index])
 
     def computed(self, result: Node, new: set[Node]) -> Node | None:
         """The node below the views and roundings of a call's result that computes it; None if the call only views."""
@@ -249,7 +250,11 @@ class Importer:
             operands = {k: _rounded(v, dtype) if isinstance(v, float) else v for k, v in operands.items()}
         dtype = accumulator_dtype(dtype)
         shape = tuple(size_of(s) for s in value.shape)
+        if not all(broadcasts(v.tensor.shape, shape) for v in operands.values() if isinstance(v, Node)):
+            return None  # sizes that are equal by a guard of torch's alone
         narrow = row.narrow and value.dtype in (torch.float16, torch.bfloat16)
+        if row.computes_in == "operands":
+            operands = {k: self.stored(v) if isinstance(v, Node) else v for k, v in operands.items()}
         result = row.formula(*(self.prepare(k, v, dtype, shape, narrow) for k, v in operands.items()))
         return result.to(value.dtype).node
 
@@ -265,9 +270,18 @@ class Importer:
 
     def convert_to(self, x: Node, dtype: torch.dtype) -> Node:
         if dtype == torch.bool and x.tensor.dtype != torch.bool:
-            wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
+            wide = self.builder.cast(self.stored(x), accumulator_dtype(x.tensor.dtype), implicit=True)
             return (Value(self.builder, wide) != 0).node
         return self.builder.cast(x, dtype, implicit=True)
+
+    def stored(self, x: Node) -> Node:
+        """A tensor as eager has it in memory, its rounding to 16 bits kept: for what tells the least difference, such
+        as a comparison with what ATen made of the tensor, or a test for what is infinite in 16 bits only."""
+        base = base_of(x)
+        if base.op != "cast" or not base.attribute("implicit"):
+            return x
+        wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
+        return self.builder.cast(wide, x.tensor.dtype, implicit=False)
 
     def operand(self, argument: Any) -> Any:
         """An FX argument as a node (tensor), a size expression or a plain value."""

@@ -239,7 +239,7 @@ def _nan_to_num(
     if not value.dtype.is_floating_point:
         return _copy(g, value, self)
     most = torch.finfo(value.dtype).max
-    x = Value(g.builder, g.builder.cast(self, accumulator_dtype(value.dtype), implicit=True))
+    x = Value(g.builder, g.builder.cast(g.stored(self), accumulator_dtype(value.dtype), implicit=True))
     finite = where(x == -math.inf, -most if neginf is None else neginf, where(x != x, nan or 0.0, x))
     return where(x == math.inf, most if posinf is None else posinf, finite).to(value.dtype).node
 

@@ -194,7 +194,7 @@ class Levels:
         if node.op == "pack_bits":
             return self.home[node]
         users = self.users[node]
-        if len(users) == 1 and users[0].op == "cast":
+        if len(users) == 1 and users[0].op == "cast" and node not in self.graph.outputs:
             self.materialised.discard(node)
             self.materialised.add(users[0])
             self.stored_as[node] = users[0]

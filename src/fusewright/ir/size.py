@@ -50,6 +50,12 @@ def same(a: Size, b: Size) -> bool:
     return a == b or _expand(a - b) == 0
 
 
+def broadcasts(shape: Sequence[Size], wanted: Sequence[Size]) -> bool:
+    """Whether a shape provably expands to another one."""
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(same(old, 1) or same(old, new) for old, new in pairs)
+
+
 def divides(divisor: Size, size: Size) -> Size | None:
     """size / divisor where that is provably an integer, else None."""
     if isinstance(divisor, int) and isinstance(size, int):

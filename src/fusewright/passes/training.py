@@ -17,7 +17,7 @@ import networkx
 import torch
 
 from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, same_layout
-from fusewright.ir.primitives import is_pointwise
+from fusewright.ir.primitives import PRIMITIVES, is_pointwise
 from fusewright.ir.size import evaluate_typical, same
 
 # What a byte counts as that the forward would not store if the backward did not read it: it is kept and written.
@@ -72,7 +72,8 @@ def _minimum_cut(
     for node in early:
         store = float("inf") if node in inner else 1.0 if node in stored else _STORE
         network.add_edge((node, "in"), (node, "out"), capacity=store * _cost(node, node in overwritten))
-        cheap = is_pointwise(node.op) or node.op == "unpack_bits" or node in late_encodings
+        cheap = (is_pointwise(node.op) and not _told_by_rounding(node)) or node.op == "unpack_bits"
+        cheap = cheap or node in late_encodings
         if not (node.op in VIEWS or node in inner or (cheap and node not in checkpointed)):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         for source in node.inputs:
@@ -101,6 +102,19 @@ def _checkpoints(joint: Graph, results: set[Node]) -> tuple[set[Node], set[Node]
             if around == {number} and node not in results:
                 inner.add(node)
     return set(numbers), inner
+
+
+def _told_by_rounding(node: Node) -> bool:
+    """Whether a predicate reads a rounding that the graph keeps. Computed again, from what was saved rounded and the
+    forward read unrounded, it could tell something else."""
+    if not (is_pointwise(node.op) and PRIMITIVES[node.op].boolean):
+        return False
+    for source in node.inputs:
+        while source.op in VIEWS or (source.op == "cast" and source.attribute("implicit")):
+            source = source.inputs[0]
+        if source.op == "cast" and source.tensor.dtype in (torch.float16, torch.bfloat16):
+            return True
+    return False
 
 
 def _random(node: Node) -> bool:

@@ -39,6 +39,9 @@ CAPTURES = 16  # captures for one set of sizes, before what still changes runs w
 _PLACES = 8  # sets of addresses that are remembered for one set of sizes
 _STAYS = 2  # addresses at which an argument may be seen before it counts as moving
 
+# One capture at a time: each begins by waiting for the device, which another's forbids, and may be on the same stream.
+_CAPTURE = threading.Lock()
+
 Run = Callable[..., list[Any]]
 
 
@@ -216,8 +219,10 @@ class _Sized:
         again = [isinstance(r, Tensor) and _storage(r) in inside for r in first]
         first = [None if a else r for r, a in zip(first, again, strict=True)]
         try:
-            with held() as kept:
+            with held() as kept, _CAPTURE:
                 graph, results = owner.recorder.record(owner.run, static)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CannotReplay(_refused(owner.fallbacks, str(error))) from error
         recording = self.recordings[places] = _Recording.of(graph, buffers, static, results, self.copied_out)
@@ -310,8 +315,34 @@ def _view_of(i: int, arguments: Sequence[Any], result: Tensor) -> Make:
     if any(result is a for a in arguments):
         i = next(k for k, a in enumerate(arguments) if result is a)
         return lambda fresh, arguments: arguments[i]
-    size, stride, offset = result.size(), result.stride(), result.storage_offset() - arguments[i].storage_offset()
-    return lambda fresh, arguments: arguments[i].as_strided(size, stride, arguments[i].storage_offset() + offset)
+    size, stride, dtype = result.size(), result.stride(), result.dtype
+    conjugated, negated = result.is_conj(), result.is_neg()
+    begin = _begin(result) - _begin(arguments[i])
+
+    def make(fresh: Sequence[Tensor], arguments: Sequence[Any]) -> Tensor:
+        place = _begin(arguments[i]) + begin
+        view = _as(arguments[i], dtype).as_strided(size, stride, place // dtype.itemsize)
+        view = torch._conj(view) if conjugated else view
+        return torch._neg_view(view) if negated else view
+
+    return make
+
+
+def _begin(tensor: Tensor) -> int:
+    """Where a tensor begins in its storage, in bytes."""
+    return int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of `dtype` in the same storage, for `as_strided`."""
+    if tensor.is_conj():
+        tensor = torch._conj(tensor)
+    if tensor.is_neg():
+        tensor = torch._neg_view(tensor)
+    if tensor.dtype == dtype:
+        return tensor
+    size = tensor.untyped_storage().nbytes() // dtype.itemsize * dtype.itemsize // tensor.itemsize
+    return tensor.as_strided((size,), (1,), 0).view(dtype)
 
 
 def _storage(tensor: Tensor) -> int:
