@@ -67,7 +67,7 @@ _TF32, _FP32 = 0.85, 0.72
 _TF32_STEPS = 2
 # Seconds that an epilogue takes for each operation, for each function and each narrow one, and for the look at sums of
 # halves, by sums of a thread.
-_OPERATION, _FUNCTION, _NARROW, _UNSCALED = 0.1e-6 / 128, 3e-6 / 128, 1.5e-6 / 128, 2.5e-6 / 128
+_OPERATION, _FUNCTION, _NARROW, _UNSCALED = 0.1e-6 / 128, 3e-6 / 128, 2e-6 / 128, 2.5e-6 / 128
 # Primitives of an instruction or two, as comparisons are; all others are functions.
 _SIMPLE = {"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "and", "or", "xor", "not", "where", "cast", "copy"}
 _NARROW_FUNCTIONS = {p.narrow for p in PRIMITIVES.values()}
