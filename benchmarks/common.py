@@ -11,12 +11,14 @@ import inspect
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -188,8 +190,8 @@ def measured_in_turn(prepare: Prepare, tasks: Sequence[Any], budget: Budget, sha
     """Prepares all tasks at once in worker processes, then measures one after the other; yields each with its result.
 
     Preparation ends after `share` of the budget; what is not prepared by then is left out, and so is what comes after
-    the budget's end. Nothing is compiled while anything is measured. A task that fails gives {"failed": why}. prepare:
-    a function of a module; tasks and results travel between processes.
+    the budget's end. While one worker measures the others are stopped. A task that fails gives {"failed": why}.
+    prepare: a function of a module; tasks and results travel between processes.
     """
     count = max(1, min(len(tasks), WORKERS, (os.cpu_count() or 2) - 2))
     shares, end = [list(tasks[i::count]) for i in range(count)], time.monotonic() + share * budget.left
@@ -203,28 +205,37 @@ def measured_in_turn(prepare: Prepare, tasks: Sequence[Any], budget: Budget, sha
     try:
         prepared = [_answer(here, end) for _, here in workers]
         for (process, _), answer in zip(workers, prepared, strict=True):
-            if not isinstance(answer, int):
-                process.kill()
+            _signal(process, signal.SIGSTOP if isinstance(answer, int) else signal.SIGKILL)
         done = sum(p for p in prepared if isinstance(p, int))
         print(f"prepared {done} of {len(tasks)} in {count} processes; {budget.left:.0f} s are left", flush=True)
         for i, task in enumerate(tasks):
-            answer, connection, place = prepared[i % count], workers[i % count][1], i // count
+            answer, (process, connection), place = prepared[i % count], workers[i % count], i // count
             if not isinstance(answer, int):
                 yield task, answer
             elif budget.spent:
                 print(f"time is up: {len(tasks) - i} of {len(tasks)} are left out", flush=True)
                 return
             elif place < answer:
+                _signal(process, signal.SIGCONT)
                 with suppress(OSError):
                     connection.send(place)
-                yield task, _answer(connection, time.monotonic() + budget.left)
+                found = _answer(connection, time.monotonic() + budget.left)
+                _signal(process, signal.SIGSTOP)
+                yield task, found
     finally:
-        for _, connection in workers:
+        for process, connection in workers:
+            _signal(process, signal.SIGCONT)
             with suppress(OSError):
                 connection.send(None)
         for process, _ in workers:
             process.join(1.0 if budget.spent else 5.0)
             process.kill()
+
+
+def _signal(process: BaseProcess, number: int) -> None:
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def _answer(connection: Connection, end: float) -> Any:

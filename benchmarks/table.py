@@ -303,10 +303,16 @@ def zoo(result: Result) -> str:
         counts = [" → ".join(str(kernels[n][m]) for n in ("eager", "fusewright")) if kernels else "–" for m in modes]
         cells = [found.get(d, {}).get("modes", {}).get(m, {}) for d in dtypes for m in modes]
         best = dict.fromkeys(CANDIDATES.get(c["best"], c["best"]) for c in cells if "best" in c)
-        rows.append([f"`{model}`", *counts, *(_figure(c.get("speedup")) for c in cells), ", ".join(best)])
+        figures = [" · ".join(_figure(c.get(key)) for key in ("speedup", "device_speedup")) for c in cells]
+        rows.append([f"`{model}`", *counts, *figures, ", ".join(best)])
     lines = [
         f"{dtype}: geometric mean {s['geometric_mean']:.2f}× (target {s['target']:.2f}×), worst {s['worst'][1]:.2f}× "
         f"({s['worst'][0]}; none may be below {s['least_allowed']:.2f}×)."
+        + "".join(
+            f" Device alone: {d['geometric_mean']:.2f}×, worst {d['worst'][1]:.2f}× ({d['worst'][0]})."
+            for d in [s.get("device")]
+            if d
+        )
         for dtype, s in result["summary"].items()
     ]
     searched = {
@@ -316,7 +322,8 @@ def zoo(result: Result) -> str:
     took_part = "; ".join(f"{name} {sum(had)} of {len(had)}" for name, had in searched.items())
     note = (
         "\nSpeedups over the best of eager, `torch.compile` and max-autotune, with CUDA graphs over `reduce-overhead` "
-        f"as well. Comparisons that max-autotune took part in: {took_part}. "
+        "as well; after the dot of the device alone. "
+        f"Comparisons that max-autotune took part in: {took_part}. "
         f"Kernels as launched in {dtypes[0]}: eager's → ours.\n"
     )
     if left := sorted(path.stem for path in ZOO.glob("*.py") if path.stem not in result["models"]):

@@ -1,11 +1,11 @@
 """The model files of benchmarks/zoo/ beside eager and torch.compile, forward and training. Writes results/zoo.json.
 
-    python benchmarks/zoo.py [--quick] [--seconds 600] [--only MODEL ...] [--dtypes DTYPE ...] [--add]
+    python benchmarks/zoo.py [--quick] [--no-autotune] [--seconds 600] [--only MODEL ...] [--dtypes DTYPE ...] [--add]
 
 forward+backward gives the gradients of every input and parameter. In 16 bits, where the host may take longer than the
 device, everything is measured with CUDA graphs on both sides, too. max-autotune searches when its model is measured,
-with the card to itself: only its kernels are compiled beforehand. --quick leaves it out, and takes fewer trials. --add
-keeps what else the file has, if the same code was measured on the same machine. Errors are against float64, as
+with the card to itself: only its kernels are compiled beforehand. --no-autotune leaves it out; --quick does, too, and
+takes fewer trials. --add keeps what else the file has, if the same code was measured on the same machine. Errors are against float64, as
 ratios to eager's.
 """
 
@@ -45,6 +45,7 @@ from fusewright.capture import model_file
 ZOO = Path(__file__).resolve().parent / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST = 0.97  # no model may be slower than this
+QUEUED = 12  # trials of the device alone, whose spread is small
 SHARE = 0.5  # of the time, at most, goes into compilation before anything is measured
 INDUCTORS_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Triton's own default, so that Inductor does not put it into its cache.
@@ -125,8 +126,9 @@ def one(task: Task, subjects: Mapping[str, Subject], trials: int, autotune: bool
     for name in (EAGER, OURS):
         found["kernels"][name] = {mode: attempt(partial(_kernels, subjects[name], mode)) for mode in MODES}
     for mode in MODES:
-        timed = measure.interleaved({name: s.candidate(mode) for name, s in subjects.items()}, trials)
-        found["modes"][mode] = {"timings": timed}
+        timed = {name: s.candidate(mode) for name, s in subjects.items()}
+        alone = measure.interleaved(timed, QUEUED, queued=True)
+        found["modes"][mode] = {"timings": measure.interleaved(timed, trials), "device": alone}
     return found
 
 
@@ -141,7 +143,14 @@ def comparisons(dtype: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """What was found for one model and dtype, once for each of `COMPARED`, with the speedups."""
 
     def beside(ours: str) -> dict[str, Any]:
-        return {mode: {**timed, **speedup(timed["timings"], ours)} for mode, timed in found["modes"].items()}
+        return {
+            mode: {
+                **timed,
+                **speedup(timed["timings"], ours),
+                "device_speedup": speedup(timed["device"], ours).get("speedup"),
+            }
+            for mode, timed in found["modes"].items()
+        }
 
     return {name: found | {"modes": beside(ours)} for name, (of, ours, _) in COMPARED.items() if of == dtype}
 
@@ -157,30 +166,34 @@ def speedup(timed: Mapping[str, Any], ours: str) -> dict[str, Any]:
 
 
 def summary(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By comparison, over models and modes: the geometric mean of the speedups, the worst, and the targets."""
+    """By comparison, over models and modes: the geometric mean of the speedups, the worst, the same of the device
+    alone, and the targets."""
     found = {}
     for name, (_, _, target) in COMPARED.items():
-        ratios = {
-            f"{model}, {mode}": timed["speedup"]
-            for model, compared in models.items()
-            for mode, timed in compared.get(name, {}).get("modes", {}).items()
-            if "speedup" in timed
-        }
-        if ratios:
-            worst = min(ratios, key=lambda place: ratios[place])
-            found[name] = {
-                "geometric_mean": geometric_mean(ratios.values()),
-                "target": target,
-                "worst": [worst, ratios[worst]],
-                "least_allowed": LEAST,
-            }
+        called, device = (_over_all(models, name, key) for key in ("speedup", "device_speedup"))
+        if called:
+            found[name] = {**called, "device": device, "target": target, "least_allowed": LEAST}
     return found
+
+
+def _over_all(models: Mapping[str, Mapping[str, Any]], compared: str, key: str) -> dict[str, Any]:
+    ratios = {
+        f"{model}, {mode}": timed[key]
+        for model, found in models.items()
+        for mode, timed in found.get(compared, {}).get("modes", {}).items()
+        if timed.get(key)
+    }
+    if not ratios:
+        return {}
+    worst = min(ratios, key=lambda place: ratios[place])
+    return {"geometric_mean": geometric_mean(ratios.values()), "worst": [worst, ratios[worst]]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(path.stem for path in ZOO.glob("*.py"))
     parser.add_argument("--quick", action="store_true", help="fewer trials, no max-autotune")
+    parser.add_argument("--no-autotune", action="store_true", help="no max-autotune, which takes minutes of search")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
@@ -200,7 +213,7 @@ def main() -> None:
         for name, result in compared.items():
             _print(task[0], name, result)
 
-    preparing = partial(prepare, trials=trials, autotune=not options.quick)
+    preparing = partial(prepare, trials=trials, autotune=not (options.quick or options.no_autotune))
     for task, found in measured_in_turn(preparing, tasks, budget, SHARE):
         keep(task, found)
     print(report["summary"])
@@ -212,7 +225,8 @@ def _print(model: str, compared: str, found: Mapping[str, Any]) -> None:
         return
     for mode, timed in found["modes"].items():
         times = {n: round(t["ms"], 3) if "ms" in t else t for n, t in timed["timings"].items()}
-        print(f"{model} {compared} {mode}: {timed.get('speedup', 0):.2f}x {times}", flush=True)
+        faster = f"{timed.get('speedup', 0):.2f}x, on the device {timed.get('device_speedup') or 0:.2f}x"
+        print(f"{model} {compared} {mode}: {faster} {times}", flush=True)
     problems = found["errors"].get(OURS, found["errors"])
     print(f"  errors {problems}, kernels {found['kernels']}", flush=True)
 

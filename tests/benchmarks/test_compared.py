@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,15 +103,18 @@ def test_a_speedup_is_over_the_best_baseline() -> None:
     assert zoo.speedup(timed, zoo.OURS) == {"best": "inductor", "speedup": 2.0}
     assert zoo.speedup(timed, zoo.REPLAYED) == {"best": "inductor reduce-overhead", "speedup": 3.0}
     assert zoo.speedup({"eager": timing(3.0), zoo.OURS: {"failed": "why"}}, zoo.OURS) == {}
-    compared = zoo.comparisons("bfloat16", {"modes": {"forward": {"timings": timed}}})
-    assert {n: c["modes"]["forward"]["speedup"] for n, c in compared.items()} == {
-        "bfloat16": 2.0,
-        "bfloat16, CUDA graphs": 3.0,
+    alone = timed | {zoo.OURS: timing(0.5)}
+    compared = zoo.comparisons("bfloat16", {"modes": {"forward": {"timings": timed, "device": alone}}})
+    modes = {name: found["modes"]["forward"] for name, found in compared.items()}
+    assert {n: (m["speedup"], m["device_speedup"]) for n, m in modes.items()} == {
+        "bfloat16": (2.0, 4.0),
+        "bfloat16, CUDA graphs": (3.0, 3.0),
     }
-    models = {"one": {"float32": {"modes": {"forward": {"speedup": 2.0}, "forward+backward": {"speedup": 4.5}}}}}
-    found = zoo.summary(models)
+    modes = {"forward": {"speedup": 2.0, "device_speedup": 3.0}, "forward+backward": {"speedup": 4.5}}
+    found = zoo.summary({"one": {"float32": {"modes": modes}}})
     assert found.keys() == {"float32"} and found["float32"]["geometric_mean"] == pytest.approx(3.0)
     assert found["float32"]["worst"] == ["one, forward", 2.0] and found["float32"]["target"] == 3.0
+    assert found["float32"]["device"] == {"geometric_mean": pytest.approx(3.0), "worst": ["one, forward", 3.0]}
     assert tower.ratio({tower.OURS: timing(0.75), tower.THEIRS: timing(1.0)}) == {"over_reduce_overhead": 0.75}
     assert tower.ratio({tower.OURS: {"failed": "why"}, tower.THEIRS: timing(1.0)}) == {}
 
@@ -185,6 +189,37 @@ def test_all_is_prepared_before_anything_is_measured_in_turn(monkeypatch: pytest
     names, prepared, measured = zip(*(found[t].split() for t in ("a", "b", "c")), strict=True)
     assert names == ("a", "b", "c") and max(map(float, prepared)) < min(map(float, measured))
     assert list(map(float, measured)) == sorted(map(float, measured))
+
+
+def _ticking(task: Path) -> Callable[[], float]:
+    """Writes while its process runs; what is measured is how much another one writes in the meantime."""
+    (task / f"{os.getpid()}").touch()
+
+    def tick() -> None:
+        while True:
+            with (task / f"{os.getpid()}").open("a") as file:
+                file.write("tick")
+            time.sleep(0.01)
+
+    def written() -> int:
+        return sum(file.stat().st_size for file in task.iterdir() if file.name != str(os.getpid()))
+
+    threading.Thread(target=tick, daemon=True).start()
+
+    def run() -> float:
+        before = written()
+        time.sleep(0.5)
+        return written() - before
+
+    return run
+
+
+def test_while_one_worker_measures_the_others_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "WORKERS", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    found = [ticks for _, ticks in measured_in_turn(_ticking, [tmp_path, tmp_path], Budget(120), 0.9)]
+    assert found == [0, 0] and all(file.stat().st_size for file in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_budget_ends_preparation_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def compared() -> dict[str, Any]:
                     "geometric_mean": 3.0,
                     "target": 3.0,
                     "worst": ["gated_mlp, forward", 3.0],
+                    "device": {"geometric_mean": 3.5, "worst": ["gated_mlp, forward", 3.25]},
                     "least_allowed": 0.97,
                 }
             },
@@ -215,7 +216,8 @@ def test_writes_every_table_from_the_results(tmp_path: Path, results: Path) -> N
     assert "| float32 | 1000×2048×512 | bias, GELU | 2.00× | 1.000 | 2.000 | gemm_sm90 128×256×64 | 0.48 |" in text
     assert "drawn from seed 1234" in text and "![Speedups of the sweep by size and precision](images/sweep.svg)" in text
     assert "| bare product | 0.2000 | – |\n| bias | 0.2000 | +1.2% |" in text
-    assert "| `gated_mlp` | 5 → 3 | 15 → 9 | 3.00× | – | torch.compile |" in text
+    assert "| `gated_mlp` | 5 → 3 | 15 → 9 | 3.00× · – | – · – | torch.compile |" in text
+    assert "Device alone: 3.50×, worst 3.25× (gated_mlp, forward)." in text
     assert (
         "worst 3.00× (gated_mlp, forward; none may be below 0.97×)" in text and "took part in: float32 1 of 1" in text
     )

@@ -221,14 +221,18 @@ def test_candidates_take_turns_and_are_prepared(host_clock: None) -> None:
         name: timing.Candidate(lambda name=name: calls.append(name), lambda name=name: calls.append(f"prepare {name}"))
         for name in ("a", "b", "c")
     }
-    found = timing.interleaved(candidates, trials=12)
-    assert set(found) == {"a", "b", "c"} and all(f["trials"] == 12 for f in found.values())
+    found = timing.interleaved(candidates, trials=5 * timing.IN_A_ROW)
+    assert set(found) == {"a", "b", "c"} and all(f["trials"] == 5 * timing.IN_A_ROW for f in found.values())
     warm_ups = [c for name in "abc" for c in (f"prepare {name}", name) * timing.WARM_UPS]
     assert calls[: len(warm_ups)] == warm_ups and timing.WARM_UPS >= 10 and timing.TRIALS >= 50
     trials = calls[len(warm_ups) :]
     assert trials[::2] == [f"prepare {name}" for name in trials[1::2]]
-    assert trials[1::4] == trials[3::4]  # a call that is not timed goes before
-    rounds = ["".join(trials[3::4][i : i + 3]) for i in range(0, 36, 3)]
+    ran = trials[1::2]
+    turns, left = [], timing.IN_A_ROW + 1  # a call that is not timed goes before
+    for start in range(0, len(ran), left):
+        assert len(set(ran[start : start + left])) == 1
+        turns.append(ran[start])
+    rounds = ["".join(turns[i : i + 3]) for i in range(0, len(turns), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 2
 
 
