@@ -5,8 +5,8 @@
 forward+backward gives the gradients of every input and parameter. In 16 bits, where the host may take longer than the
 device, everything is measured with CUDA graphs on both sides, too. max-autotune searches when its model is measured,
 with the card to itself: only its kernels are compiled beforehand. --no-autotune leaves it out; --quick does, too, and
-takes fewer trials. --add keeps what else the file has, if the same code was measured on the same machine. Errors are against float64, as
-ratios to eager's.
+takes fewer trials. --add keeps what else the file has, if the same code was measured on the same machine. Errors are
+against float64, as ratios to eager's.
 """
 
 from __future__ import annotations
