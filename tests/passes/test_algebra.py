@@ -13,7 +13,7 @@ from fusewright.ir.graph import Builder, Graph, Node, TensorType, contiguous
 from fusewright.ir.ops import ROWS
 from fusewright.ir.value import Value, where
 from fusewright.passes import pipeline
-from fusewright.passes.algebra import ALGEBRA, ROUNDING, VIEW_RULES
+from fusewright.passes.algebra import ALGEBRA, VIEW_RULES
 from fusewright.passes.rewrite import RuleSet, rewrite
 
 CPU = torch.device("cpu")
@@ -134,23 +134,6 @@ def test_sums_move_before_reshapes_where_they_can(before: Any, after: Any, dims:
     assert (sum_node.inputs[0].op == "input") == moves
     value = torch.arange(24.0, dtype=torch.float64).reshape(before)
     assert torch.equal(*(reference.run(g, [value])[0] for g in (graph, result)))
-
-
-def _rounded(x: Value, dtype: torch.dtype, implicit: bool) -> Value:
-    builder = x.builder
-    narrow = builder.cast((x * 3).node, dtype, implicit=implicit)
-    return Value(builder, builder.cast(builder.reshape(narrow, (3, 4)), torch.float32, implicit=True)) + 1
-
-
-def test_a_rounding_that_only_models_a_store_goes() -> None:
-    _, after = rewritten(lambda x: _rounded(x, torch.bfloat16, True), ROUNDING, torch.float32)
-    assert "cast" not in operations(after)
-
-
-def test_a_rounding_that_the_user_wrote_stays() -> None:
-    before, after = rewritten(lambda x: _rounded(x, torch.bfloat16, False), ROUNDING, torch.float32)
-    assert operations(after).count("cast") == 2
-    assert_same_bits(before, after, torch.randn(12))
 
 
 def test_the_sum_of_a_16_bit_model_is_stored_rounded() -> None:

@@ -8,42 +8,17 @@ in every kernel that reads them unless they have memory anyway.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_map
 from fusewright.ir.graph import VIEWS, Graph, Node
+from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
 
 # Longer chains are cut: registers and compile time grow with a kernel's expression.
 LONGEST_CHAIN = 200
 
 FREE = -1
-
-
-def products_last(nodes: Sequence[Node]) -> list[Node]:
-    """`nodes`, inputs before users, each product only when nothing else can be placed.
-
-    So whatever else an epilogue reads has a level below its product's, and the epilogue of one product ends before
-    the next product begins. Otherwise the order is kept.
-    """
-    waiting = {node: len(set(node.inputs)) for node in nodes}
-    users: dict[Node, list[Node]] = {node: [] for node in nodes}
-    for node in nodes:
-        for source in set(node.inputs):
-            users[source].append(node)
-    place = {node: i for i, node in enumerate(nodes)}
-    ready = [(node.op == "matmul", place[node], node) for node in nodes if not node.inputs]
-    order = []
-    while ready:
-        *_, node = heapq.heappop(ready)
-        order.append(node)
-        for user in users[node]:
-            waiting[user] -= 1
-            if not waiting[user]:
-                heapq.heappush(ready, (user.op == "matmul", place[user], user))
-    return order
 
 
 @dataclass
@@ -143,6 +118,13 @@ class Levels:
             node = node.inputs[0]
         return node
 
+    def stored(self, node: Node) -> Node:
+        """What lies in memory where a later kernel reads `node`: a value of 16 bits is widened there, not here."""
+        base = self.base(node)
+        while base.op == "cast" and not self.has_memory(base) and _widens(base):
+            base = self.base(base.inputs[0])
+        return base
+
     def materialise(self, node: Node) -> None:
         self.materialised.add(self.base(node))
 
@@ -185,10 +167,10 @@ class Levels:
         self.home[node] = self.level[source]
         if node.op == "sum" and self.level[source] in self.epilogues:
             self.refusals.append((node, "a sum over the rows of a product reads the product from memory"))
-            self.materialise(source)
+            self.materialise(self.stored(source))
             self.home[node] = self._fresh()
         elif node in self.decisions.alone or self._detached(source):
-            self.materialise(source)
+            self.materialise(self.stored(source))
             self.home[node] = self._fresh()
         self.materialised.add(node)
         if node.op == "pack_bits":
@@ -220,7 +202,7 @@ class Levels:
         if level in self._unfused and is_pointwise(node.op):
             self.refusals.append((node, self._unfused.pop(level)))
         for source in sources:
-            base = self.base(source)
+            base = self.stored(source)
             if FREE < self.level[base] < level and base.op != "unpack_bits":
                 self.materialised.add(base)
         return level
@@ -240,3 +222,8 @@ class Levels:
         """Whether a value of a product's level is not indexed like the product."""
         epilogue = self.epilogues.get(self.level[node])
         return epilogue is not None and node not in epilogue.maps
+
+
+def _widens(cast: Node) -> bool:
+    narrow, wide = cast.inputs[0].tensor.dtype, cast.tensor.dtype
+    return narrow.is_floating_point and wide.is_floating_point and narrow.itemsize < wide.itemsize

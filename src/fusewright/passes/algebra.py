@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusewright.ir.graph import VIEWS, Builder, Node, contiguous
+from fusewright.ir.graph import Builder, Node, contiguous
 from fusewright.ir.primitives import PRIMITIVES
 from fusewright.ir.size import matching_groups, same
 from fusewright.passes.rewrite import Bindings, Pattern, Rule, RuleSet
@@ -78,25 +78,6 @@ def _cast_before_reshape(builder: Builder, node: Node, bound: Bindings) -> Node 
     return builder.view("reshape", converted, node.tensor, shape=node.tensor.shape)
 
 
-def _skip_rounding(builder: Builder, node: Node, bound: Bindings) -> Node | None:
-    """widen(views(round(x))) → views(x): the rounding models a store that fusion avoids."""
-    views = []
-    source = bound["x"]
-    while source.op in VIEWS:
-        views.append(source)
-        source = source.inputs[0]
-    if source.op != "cast" or not source.attribute("implicit"):
-        return None
-    wide = source.inputs[0]
-    if wide.tensor.dtype != node.tensor.dtype or source.tensor.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    for view in reversed(views):
-        t = view.tensor
-        retyped = type(t)(t.shape, t.stride, wide.tensor.dtype, t.device)
-        wide = builder.view(view.op, wide, retyped, **dict(view.attributes))
-    return wide
-
-
 ALGEBRA = RuleSet(
     "algebra",
     (
@@ -125,5 +106,3 @@ VIEW_RULES = RuleSet(
         Rule("permute of permute", Pattern("permute", (Pattern("permute", ("x",)),)), _merge_permutes),
     ),
 )
-
-ROUNDING = RuleSet("rounding", (Rule("keep the wide value", Pattern("cast", ("x",)), _skip_rounding),))

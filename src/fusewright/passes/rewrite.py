@@ -1,7 +1,7 @@
 """The rewrite engine: patterns over graph nodes, applied bottom-up until nothing matches.
 
 A rule is a pattern and a replacement. Every rule must be *exact*: the replacement gives the same bits, special values
-and signed zeros included, or drops a rounding that only models where eager stores an intermediate.
+and signed zeros included.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ def _sweep(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, bool]:
         if node in graph.origins:
             origins[result] = origins.get(result, frozenset()) | graph.origins[node]
     inputs = tuple(new[i] for i in graph.inputs)
-    return Graph(inputs, _outputs(builder, graph, new), origins), changed
+    return Graph(inputs, outputs_of(builder, graph, new), origins), changed
 
 
-def _outputs(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
-    """What had memory and strides of its own keeps them, although a rule found it to be equal to something else."""
+def outputs_of(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
+    """The outputs of a graph whose nodes became others: what had memory and strides of its own keeps them, although it
+    was found to be equal to something else."""
     owners = {new[i]: i for i in graph.inputs}
     copies: dict[Node, Node] = {}
     results: list[Output] = []
