@@ -109,6 +109,15 @@ def test_what_the_next_product_reads_is_kept_rather_than_what_it_came_from() -> 
     assert [len(set(r.writes())) for r in record.plans[0].regions] == [2, 1]
 
 
+def test_what_a_product_of_the_backward_reads_is_kept_although_it_could_be_computed_again() -> None:
+    """That would take a pass over memory. What only a kernel reads is computed there, from what is kept."""
+    record = check(lambda x, w, v: F.linear(F.gelu(F.linear(x, w)), v), leaf(M, K), leaf(N, K), leaf(K, N))
+    assert [b.shape for b in saved(record)] == [(M, N), (M, N)]
+    assert len(record.plans[1].regions) == 4
+    record = check(lambda x, w: F.gelu(F.linear(x, w)).sin(), leaf(M, K), leaf(N, K))
+    assert [b.shape for b in saved(record)] == [(M, N)]
+
+
 def test_a_mask_feeds_values_that_the_backward_computes_again() -> None:
     """`amax` divides the gradient among equal values: the count is computed from the mask, in the backward too."""
     record = check(lambda x, w: F.linear(x, w).amax(1), leaf(M, K), leaf(N, K))

@@ -2,10 +2,11 @@
 
 A minimum cut (after "Training Deep Nets with Sublinear Memory Cost" and functorch's min-cut partitioner): every value
 that does not depend on a gradient costs what it takes to keep, and pointwise values can be recomputed from what is
-kept. Booleans cost one bit an element, because they are kept packed, so the gradient of a piecewise-linear activation
-keeps a mask and never the pre-activation. The roundings of 16-bit models are still in the graph, so that what is kept
-of a 16-bit model is 16-bit. What lies within an activation checkpoint is never kept, and its products are computed
-again too; a checkpoint's result never is, nor are random numbers, which would be others.
+kept: for nothing where a kernel computes with them, by a pass over memory where a product reads them. Booleans cost one
+bit an element, because they are kept packed, so the gradient of a piecewise-linear activation keeps a mask and never
+the pre-activation. The roundings of 16-bit models are still in the graph, so that what is kept of a 16-bit model is
+16-bit. What lies within an activation checkpoint is never kept, and its products are computed again too; a checkpoint's
+result never is, nor are random numbers, which would be others.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, co
 from fusewright.ir.primitives import PRIMITIVES, is_pointwise
 from fusewright.ir.size import evaluate_typical, same
 
-# What a byte counts as that the forward would not store if the backward did not read it: it is kept and written.
-_STORE = 1.1
+# What a byte counts as that the forward would not store if the backward did not read it: it is kept and written. And
+# one that the backward would compute again for a product, which reads it from memory: it is read, written and read.
+_STORE, _AGAIN = 1.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def _minimum_cut(
     late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
     # What a product of the forward reads lies in memory there anyway.
     stored = {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
+    read_late = {base_of(i) for n in late if n.op == "matmul" for i in n.inputs}
     checkpointed, inner = _checkpoints(joint, results)
     for node in early:
         store = float("inf") if node in inner else 1.0 if node in stored else _STORE
@@ -76,6 +79,8 @@ def _minimum_cut(
         cheap = cheap or node in late_encodings
         if not (node.op in VIEWS or node in inner or (cheap and node not in checkpointed)):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
+        elif is_pointwise(node.op) and node in read_late and node not in inner:
+            network.add_edge("source", (node, "in"), capacity=_AGAIN * _cost(node, overwritten=False))
         for source in node.inputs:
             if source.op not in ("constant", "size"):
                 network.add_edge((source, "out"), (node, "in"), capacity=float("inf"))
