@@ -7,6 +7,7 @@ first, all at once; then each measures its models when it is told to, with the m
 from __future__ import annotations
 
 import copy
+import ctypes
 import inspect
 import math
 import multiprocessing
@@ -41,6 +42,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "fusewright, CUDA graphs": {"backend": "fusewright", "options": {"cuda_graphs": True}},
 }
 WORKERS = 14  # each holds a CUDA context and torch's libraries
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LATE = 15.0  # seconds past a budget's end that what has begun may take
 
 
@@ -251,6 +253,7 @@ def _work(connection: Connection, prepare: Prepare, tasks: Sequence[Any], end: f
     """Prepares until `end`, says how many are prepared, then measures those that it is asked for."""
     import torch._inductor.config
 
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped, it would outlive a parent that is killed
     torch._inductor.config.compile_threads = 1  # parallel are the processes
     torch.set_num_threads(1)
     ready: list[Any] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import multiprocessing
 import os
 import random
 import threading
@@ -207,6 +208,7 @@ def _ticking(task: Path) -> Callable[[], float]:
     threading.Thread(target=tick, daemon=True).start()
 
     def run() -> float:
+        time.sleep(0.5)  # a busy machine stops a process late
         before = written()
         time.sleep(0.5)
         return written() - before
@@ -220,6 +222,35 @@ def test_while_one_worker_measures_the_others_are_stopped(tmp_path: Path, monkey
     found = [ticks for _, ticks in measured_in_turn(_ticking, [tmp_path, tmp_path], Budget(120), 0.9)]
     assert found == [0, 0] and all(file.stat().st_size for file in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def _waiting(task: Path) -> Callable[[], None]:
+    (task / f"{os.getpid()}").touch()
+    return lambda: time.sleep(600)
+
+
+def _measure(task: Path) -> None:
+    list(measured_in_turn(_waiting, [task, task], Budget(600), 0.9))
+
+
+def test_stopped_workers_end_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    parent = multiprocessing.get_context("fork").Process(target=_measure, args=(tmp_path,))
+    parent.start()
+    try:
+        _until(lambda: len(list(tmp_path.iterdir())) == 2)
+        time.sleep(1.0)  # one is stopped
+    finally:
+        parent.kill()
+    parent.join()
+    _until(lambda: not any(Path(f"/proc/{worker.name}").exists() for worker in tmp_path.iterdir()))
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_budget_ends_preparation_and_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
