@@ -86,6 +86,21 @@ def test_what_another_products_epilogue_reads_is_read_rounded() -> None:
     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+def test_who_reads_a_view_decides() -> None:
+    """Of a column that scales another product, and the product that it came from."""
+
+    def scale(b: Builder, x: list[Node]) -> Value:
+        first = product(x[0], x[1], b)
+        turned = Value(b, b.permute(rounded(first * 3).node, (1, 0)))
+        return rounded(turned * 2) * product(x[0], x[2], b) + turned
+
+    _, found = after(scale)
+    (double,) = (n for n in found.nodes() if n.op == "mul" and dict(n.inputs[1].attributes).get("value") == 2)
+    assert double.inputs[0].op == "permute" and double.inputs[0].inputs[0].op == "mul"
+    (last,) = (n for n in found.nodes() if n.op == "add")
+    assert last.inputs[1].op == "permute" and last.inputs[1].inputs[0].op == "cast"
+
+
 def test_a_sum_reads_a_product_rounded_and_anything_else_as_it_is() -> None:
     def total(x: Value) -> Value:
         summed = x.builder.node("sum", (rounded(x).node,), contiguous((SIZE,), torch.float32, CPU), dims=(0,))

@@ -23,13 +23,15 @@ def keep_wide(graph: Graph) -> Graph:
     after = _last_opened(graph)
     builder = Builder()
     new: dict[Node, Node] = {}
-    wide: dict[Node, Node] = {}  # of a value that is widened: what it was before it was rounded
+    wide: dict[Node, Node] = {}  # of a value that is widened, and its views: what it was before it was rounded
     origins: dict[Node, frozenset[Origin]] = {}
     for node in graph.nodes():
+        attributes = dict(node.attributes)
         inputs = [wide[i] if i in wide and _together(i, node, after) else new[i] for i in node.inputs]
-        new[node] = builder.node(node.op, inputs, node.type, **dict(node.attributes))
-        unrounded = _unrounded(builder, node, new)
-        if unrounded is not None:
+        new[node] = builder.node(node.op, inputs, node.type, **attributes)
+        if node.op in VIEWS and node.inputs[0] in wide:
+            wide[node] = builder.node(node.op, [wide[node.inputs[0]]], node.type, **attributes)
+        elif (unrounded := _unrounded(builder, node, new)) is not None:
             wide[node] = unrounded
         if node in graph.origins:
             origins[new[node]] = origins.get(new[node], frozenset()) | graph.origins[node]
@@ -50,8 +52,10 @@ def _last_opened(graph: Graph) -> Mapping[Node, Node | None]:
 
 
 def _together(source: Node, reader: Node, after: Mapping[Node, Node | None]) -> bool:
-    """Whether one kernel computes both. What depends on inputs alone is computed in every kernel that reads it; sums
-    are computed where their operands are, but over the rows of a product."""
+    """Whether one kernel computes both, and reads no memory between. What depends on inputs alone is computed in every
+    kernel that reads it; sums are computed where their operands are, but over the rows of a product."""
+    if reader.op in VIEWS:
+        return False  # who reads the view decides
     opened = after[source]
     if reader.op == "sum":
         return opened is None or opened.op != "matmul"
