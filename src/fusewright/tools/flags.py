@@ -21,8 +21,8 @@ def torch_flags() -> dict[str, str]:
         "torch.is_autocast_enabled('cpu')": lambda: torch.is_autocast_enabled("cpu"),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled,
         "flushing of denormals": lambda: float(torch.full((64,), 1e-40) * torch.full((64,), 0.5)[0]) == 0.0,
-        "current CUDA stream": lambda: _initialised() and torch.cuda.current_stream().cuda_stream,
-        "current CUDA device": lambda: _initialised() and torch.cuda.current_device(),
+        "current CUDA stream": lambda: torch.cuda.current_stream().cuda_stream if _initialised() else 0,
+        "current CUDA device": lambda: torch.cuda.current_device() if _initialised() else 0,
     }
     for name, owner, attribute in (
         ("torch.backends", b, "fp32_precision"),
@@ -43,6 +43,7 @@ def torch_flags() -> dict[str, str]:
 
 
 def _initialised() -> bool:
+    """Until a first use of CUDA, which is no switch, the stream is the default one and the device the first."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
