@@ -102,7 +102,7 @@ class _Planner:
         for node in self.graph.nodes():
             reason = self.decisions.left.get(node)
             if node.op == "aten":
-                reason = "no kernel family computes this operator"
+                reason = "no kernel family computes this operator" + _on(node)
             if reason is None:
                 continue
             inputs = tuple(
@@ -221,3 +221,10 @@ class _Planner:
             steps = list(dict.fromkeys(user for step in steps for user in self.levels.users[step]))
             found = frozenset().union(*(origins.get(step, ()) for step in steps))
         return tuple(o.name for o in sorted(found)) or (node.op,)
+
+
+def _on(node: Node) -> str:
+    """The dtypes of what an operator reads, if it reads no floats: products of them, for one, have kernels."""
+    dtypes = dict.fromkeys(i.tensor.dtype for i in node.inputs if i.type is not None)
+    floats = not dtypes or any(d.is_floating_point for d in dtypes)
+    return "" if floats else f" on {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
