@@ -216,6 +216,17 @@ def test_usage(run: Run) -> None:
         assert shown.code == 0 and "--dtype" in shown.out
 
 
+COMMANDS = ("optimize", "explain", "report", "verify", "bench", "doctor", "cache info", "cache tuned", "cache clear")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run: Run, command: str) -> None:
+    shown = run(*command.split(), "--help").out
+    assert "Examples:" in shown
+    for words in ("[default:", "<int", "<list"):  # what a default is stands in the text, and types have names
+        assert words not in shown
+
+
 # ---- what went wrong in fusewright itself
 
 
