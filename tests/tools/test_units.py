@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusewright.tools.units import flop, operations, size, time
+from fusewright.tools.units import flop, operations, size, time, times
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ from fusewright.tools.units import flop, operations, size, time
         (time(24.66e-6), "24.7 µs"),
         (time(0.173e-3), "0.173 ms"),
         (time(12.0), "12 s"),
+        (times(0.994), "0.99×"),
+        (times(2346567.8), "2.35e+06×"),
     ],
 )
 def test_text(text: str, wanted: str) -> None:

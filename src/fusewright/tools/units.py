@@ -30,6 +30,11 @@ def time(seconds: float) -> str:
     return _scaled(seconds * 1e3, "ms", "s") if seconds >= 1e-4 else _scaled(seconds * 1e9, "ns", "µs")
 
 
+def times(ratio: float) -> str:
+    """Such as "1.25×"; one that is far off keeps no digits that say nothing."""
+    return f"{ratio:.2f}×" if ratio < 1000 else f"{ratio:.3g}×"
+
+
 def _scaled(value: float, *units: str) -> str:
     """Three digits, in the smallest of the units, each a thousand of the one before, that needs no exponent."""
     while value >= 999.5 and len(units) > 1:  # what rounds to 1000
