@@ -163,6 +163,11 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "returns a text": (forward("return 'text'"), [], ["model.py:7", "returns is a value of type str", "tensors"]),
     "returns nothing": (forward("x * 2"), [], ["model.py:7", "type NoneType", "tensors"]),
     "returns a number too": (forward("return x * 2, [3]"), [], ["model.py:7", "at [1][0]", "type int", "tensors"]),
+    "right, but not in that dtype": (
+        forward("return x @ torch.ones(20, 3)"),
+        ["--dtype", "bfloat16"],
+        ["model.py:8: the model, cast to bfloat16, fails in eager mode: RuntimeError: "],
+    ),
     "no kernel": (forward("return torch.sort(x)[0]"), [], ["no kernel for", "sort", "--allow-library"]),
 }
 
@@ -209,6 +214,17 @@ def test_usage(run: Run) -> None:
     for command in ("optimize", "explain", "verify"):
         shown = run(command, "--help")
         assert shown.code == 0 and "--dtype" in shown.out
+
+
+COMMANDS = ("optimize", "explain", "report", "verify", "bench", "doctor", "cache info", "cache tuned", "cache clear")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run: Run, command: str) -> None:
+    shown = run(*command.split(), "--help").out
+    assert "Examples:" in shown
+    for words in ("[default:", "<int", "<list"):  # what a default is stands in the text, and types have names
+        assert words not in shown
 
 
 # ---- what went wrong in fusewright itself

@@ -510,6 +510,8 @@ def test_cpu_tensors_go_to_inductor_with_one_line(caplog: pytest.LogCaptureFixtu
         torch.testing.assert_close(torch.compile(lambda x: x + 2, backend="fusewright")(x), x + 2)
     assert [r for r in caplog.messages if "Inductor" in r] == caplog.messages
     assert len(caplog.messages) == 1
+    for door in ("simulate=True,", "options={'simulate': True}"):  # fusewright.compile's and linear's; torch.compile's
+        assert door in caplog.messages[0]
 
 
 def test_frozen_parameters_refuse_gradients() -> None:

@@ -416,6 +416,12 @@ def test_what_is_left_apart_says_why(name: str) -> None:
     assert all(f.reason for f in plan.fallbacks)
 
 
+def test_what_is_left_apart_is_named_as_in_the_model() -> None:
+    """The first step of an activation is no operator; the activation is."""
+    plan = check(lambda x, w: F.gelu(F.linear(x, w)[:, :4]), leaf(6, 12), leaf(8, 12)).plans[0]
+    assert [r.operators for r in plan.refusals] == [("gelu",)]
+
+
 def test_kernels_of_one_level_that_read_each_other_are_ordered() -> None:
     """Two shapes at one level, each reading the other's result: the cycle is broken by another kernel."""
 

@@ -151,6 +151,14 @@ def test_luck_shrinks_with_the_sample() -> None:
         assert many < (0.5 if metric == "maximum" else 0.02)
 
 
+def test_misses_of_what_is_no_float() -> None:
+    """Booleans cannot be subtracted, and 0 - 1 is 255 in bytes."""
+    no, yes = torch.tensor(False), torch.tensor(True)
+    assert misses(yes, no, no) == 1 and misses(yes, no, yes) == 0
+    candidate, eager, exact = torch.tensor([0, 3, 1], dtype=torch.uint8)
+    assert misses(candidate, eager, exact) == 0 and misses(eager, candidate, exact) == 1
+
+
 def test_misses_count_only_where_eager_is_nearer() -> None:
     exact = torch.full((4,), 100.0, dtype=torch.float64)
     eager, candidate = torch.full((4,), 100.03), torch.full((4,), 100.0)

@@ -444,6 +444,23 @@ SORT = model("""
 """)
 
 
+def test_an_operator_without_a_kernel_in_backward_alone() -> None:
+    """It is in no line of the model: a user who looks for it there is told where it is."""
+    halves = model("""
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        return torch.exp(a) * b
+""")
+    with pytest.raises(NoKernel, match=r"no kernel for cat \(no kernel family [^)]*, in backward\); "):
+        written(halves)
+
+
+def test_an_operator_that_has_kernels_for_other_dtypes() -> None:
+    products = model("    def forward(self, x): return torch.mm(x, x.T)", inputs="torch.ones(4, 5, dtype=torch.int64)")
+    with pytest.raises(NoKernel, match=r"no kernel for mm \([^)]* on int64\); "):
+        written(products)
+
+
 def test_an_operator_without_a_kernel() -> None:
     with pytest.raises(NoKernel, match=r"no kernel for .*sort \(no kernel family .*\).*--allow-library"):
         written(SORT)

@@ -116,6 +116,33 @@ def test_what_is_apart_says_why() -> None:
     assert list(refusal["operators"]) == ["sum"] and "reads the product from memory" in refusal["reason"]
 
 
+def test_what_several_layers_have_in_common_is_said_once() -> None:
+    """By the names of the model's operators: GELU begins with a primitive that no one has written."""
+    text = model("""
+    def __init__(self):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(20, 40) for _ in range(2))
+
+    def forward(self, x):
+        for linear in self.linears:
+            a, b = linear(x).chunk(2, -1)
+            x = F.gelu(a) * b
+        return torch.sort(torch.sort(x)[0])[0]
+""")
+    found = shown(explained(text, library=True))
+    assert found.count("gelu (2 times) apart: the slice of a matrix product") == found.count(" apart:") > 0
+    assert "sort (2 times) runs as ATen" in found and "sort runs" not in found
+
+
+def test_a_graph_of_aten_alone_has_no_floor() -> None:
+    text = model("""
+    def forward(self, x):
+        return torch.sort(x)[1]
+""")
+    found = shown(explained(text, library=True))
+    assert "moves" in found and "datasheet" not in found
+
+
 def test_what_is_shown() -> None:
     text = model("""
     def forward(self, x):

@@ -179,6 +179,7 @@ def test_report() -> None:
     console.print(render(report))
     text = console.export_text()
     assert "WRONG" in text
+    assert "on cpu, dtype the file's own, in training mode" in " ".join(text.split())
     assert "no kernel for this chip" in text
     assert "not checked" in text
 

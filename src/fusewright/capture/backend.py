@@ -70,7 +70,9 @@ def fusewright(
         )
     device = devices.pop() if devices else torch.device("cpu")
     if device.type == "cpu" and not settings.simulate:
-        _announce("CPU tensors: compiled by Inductor (pass options={'simulate': True} to run fusewright's kernels)")
+        # Of the three doors torch.compile alone takes settings as `options`.
+        asked = "simulate=True, of torch.compile options={'simulate': True},"
+        _announce(f"CPU tensors: compiled by Inductor ({asked} runs fusewright's kernels)")
         inductor = torch._dynamo.lookup_backend("inductor")
         return cast("Callable[..., Any]", inductor(module, list(example_inputs)))
     return _Compilation.of(settings, device, check).compiled(module, example_inputs)

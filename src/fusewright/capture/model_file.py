@@ -126,9 +126,13 @@ class ModelFile:
             raise MixedDevices(f"{where}: the tensors of get_inputs live on {_names(devices)}; put them all on one")
         return list(values)
 
-    def run(self, instance: Instance) -> Any:
-        """Returns what the model gives in eager mode, without gradients. Raises EagerFailure with its own error."""
-        with self._eager("the model fails in eager mode"), torch.no_grad():
+    def run(self, instance: Instance, dtype: torch.dtype | None = None) -> Any:
+        """Returns what the model gives in eager mode, without gradients. Raises EagerFailure with its own error.
+
+        dtype: what the instance was cast to, for that message: the file may be right, and not so in that dtype.
+        """
+        cast = "" if dtype is None else f", cast to {str(dtype).removeprefix('torch.')},"
+        with self._eager(f"the model{cast} fails in eager mode"), torch.no_grad():
             return instance.model(*instance.inputs)
 
     def place_of_forward(self) -> str:

@@ -90,9 +90,15 @@ app.command(
         "fusewright doctor --arch sm_80 --json -",
     )
 )(machine.doctor)
-cache.command("info", epilog=_lines("The folder is ~/.cache/fusewright, or what FUSEWRIGHT_CACHE_DIR names."))(
-    machine.cache_info
-)
+cache.command(
+    "info",
+    epilog=_lines(
+        "The folder is ~/.cache/fusewright, or what FUSEWRIGHT_CACHE_DIR names.",
+        "Examples:",
+        "fusewright cache info",
+        "fusewright cache info --json - | jq .bytes",
+    ),
+)(machine.cache_info)
 cache.command(
     "tuned",
     epilog=_lines(

@@ -14,7 +14,8 @@ from fusewright.cli.output import Output
 from fusewright.errors import NotConfirmed, UnknownSetting
 
 Kind = Annotated[
-    list[str] | None, typer.Option("--kind", help="Only entries of this kind, as `cache info` names it; repeatable.")
+    list[str] | None,
+    typer.Option("--kind", metavar="KIND", help="Only entries of this kind, as `cache info` names it; repeatable."),
 ]
 
 

@@ -140,7 +140,16 @@ def bench(
     first_call: Annotated[
         bool, flag("--first-call", help="Time the first call too, with empty and with warm caches.")
     ] = False,
-    trials: Annotated[int, typer.Option(min=50, help="How many trials a median is of, at least 50. Default: 50.")] = 50,
+    trials: Annotated[
+        int,
+        typer.Option(
+            "--trials",
+            min=50,
+            metavar="TRIALS",
+            show_default=False,
+            help="How many trials a median is of, at least 50. Default: 50.",
+        ),
+    ] = 50,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="PATH", help="Draw the roofline: a .png, .svg or .pdf; needs matplotlib."),

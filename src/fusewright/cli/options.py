@@ -62,7 +62,14 @@ Set = Annotated[
     ),
 ]
 Schedules = Annotated[
-    int, typer.Option(min=1, help="Where kernels are simulated: how many orders of their threads to try. Default: 1.")
+    int,
+    typer.Option(
+        "--schedules",
+        min=1,
+        metavar="SCHEDULES",
+        show_default=False,
+        help="Where kernels are simulated: how many orders of their threads to try. Default: 1.",
+    ),
 ]
 Library = Annotated[
     bool, flag("--allow-library", help="Let torch's own library compute products and missing operators.")

@@ -102,7 +102,7 @@ class _Planner:
         for node in self.graph.nodes():
             reason = self.decisions.left.get(node)
             if node.op == "aten":
-                reason = "no kernel family computes this operator"
+                reason = "no kernel family computes this operator" + _on(node)
             if reason is None:
                 continue
             inputs = tuple(
@@ -211,8 +211,20 @@ class _Planner:
     def refusals(self) -> list[Refusal]:
         alone = [(n, why) for n, why in self.decisions.alone.items() if n not in self.decisions.left]
         decided = [*self.decisions.left.items(), *self.decisions.copied.items(), *alone]
-        found = []
-        for node, reason in [*self.levels.refusals, *decided]:
-            origins = self.graph.origins.get(node) or self.graph.origins.get(self.levels.base(node), frozenset())
-            found.append(Refusal(tuple(o.name for o in sorted(origins)) or (node.op,), reason))
-        return found
+        return [Refusal(self.operators(node), reason) for node, reason in [*self.levels.refusals, *decided]]
+
+    def operators(self, node: Node) -> tuple[str, ...]:
+        """The operators of the model that gave a node or what it views, else those that it is a step of."""
+        origins, steps = self.graph.origins, [node]
+        found = origins.get(node) or origins.get(self.levels.base(node), frozenset())
+        while not found and steps:
+            steps = list(dict.fromkeys(user for step in steps for user in self.levels.users[step]))
+            found = frozenset().union(*(origins.get(step, ()) for step in steps))
+        return tuple(o.name for o in sorted(found)) or (node.op,)
+
+
+def _on(node: Node) -> str:
+    """The dtypes of what an operator reads, if it reads no floats: products of them, for one, have kernels."""
+    dtypes = dict.fromkeys(i.tensor.dtype for i in node.inputs if i.type is not None)
+    floats = not dtypes or any(d.is_floating_point for d in dtypes)
+    return "" if floats else f" on {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"

@@ -175,7 +175,7 @@ class _Session:
 
     def measure(self) -> Bench:
         instance = self.file.instantiate(dtype=self.request.dtype)
-        self.file.run(instance)  # raises EagerFailure
+        self.file.run(instance, self.request.dtype)  # raises EagerFailure
         eager = Runner(instance.model, instance.inputs)
         modes = self._modes(eager)
         firsts = self._first_calls(backward="both" in modes or "backward" in modes)

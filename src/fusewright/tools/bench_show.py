@@ -15,7 +15,7 @@ from rich.text import Text
 from fusewright.errors import OutputNotWritable, ToolMissing
 from fusewright.tools.bench import IMPOSSIBLE, Bench, Mode, Timed
 from fusewright.tools.files import write
-from fusewright.tools.units import flop, size
+from fusewright.tools.units import flop, size, times
 from fusewright.tools.units import time as time_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _table(name: str, mode: Mode, bench: Bench) -> Table:
             table.add_row(Text(runner, style), Text("failed", "red"), "", "", "")
             continue
         accuracy = bench.accuracy.get(runner)
-        error = "" if accuracy is None or accuracy.ratio is None else f"{accuracy.ratio:.2f}×"
+        error = "" if accuracy is None or accuracy.ratio is None else times(accuracy.ratio)
         spread = f"{timed.low:.4g} – {timed.high:.4g} ms"
         table.add_row(Text(runner, style), Text(f"{timed.ms:.4g} ms", style), spread, _share(timed), error)
     return table

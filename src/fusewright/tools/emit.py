@@ -58,10 +58,12 @@ def emit(
             raise UnsupportedDtype(f"{buffer.name} is {str(buffer.dtype).removeprefix('torch.')}; kernels take {known}")
     if any(f.makes for p in planned for f in p.plan.fallbacks):
         raise NoKernel("forward makes a tensor, which a written file cannot hold; let the constructor make it a buffer")
-    missing = sorted({f"{f.name} ({f.reason})" for p in planned for f in p.plan.fallbacks})
+    missing = {(f.name, f.reason): p.name for p in reversed(planned) for f in p.plan.fallbacks}
     if missing and not library:
+        # What backward alone has, such as the `cat` of a `chunk`, is not to be found in the user's file.
+        listed = sorted(f"{n} ({why}{', in backward' * (graph == 'backward')})" for (n, why), graph in missing.items())
         raise NoKernel(
-            f"no kernel for {', '.join(missing)}; allow torch's library to compute them with --allow-library, "
+            f"no kernel for {', '.join(listed)}; let torch's library compute what has none with --allow-library, "
             'or run the model in process: torch.compile(model, backend="fusewright")'
         )
     made_for = chip.arch if dtype is None else f"{chip.arch}, model and inputs cast to {str(dtype).split('.')[1]}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +56,21 @@ class Explanation:
     bytes_before: int
     bytes_after: int
     floor_seconds: float
+
+    @property
+    def apart(self) -> list[tuple[str, str]]:
+        """The refusals for a person: operators and the reason."""
+        return _once((", ".join(r["operators"]), r["reason"]) for r in self.refusals)
+
+    @property
+    def as_aten(self) -> list[tuple[str, str]]:
+        """The fallbacks for a person: an operator and the reason."""
+        return _once((f["operator"], f["reason"]) for f in self.fallbacks)
+
+
+def _once(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each pair once, saying how often it was found: the layers of a model have the same reasons."""
+    return [(f"{what} ({n} times)" if n > 1 else what, why) for (what, why), n in Counter(found).items()]
 
 
 def explain(planned: Planned, sizes: Sizes, chip: Chip) -> Explanation:
@@ -142,9 +158,8 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
         table = Table(title=f"{e.graph}: {before}, {after}", title_justify="left")
         table.add_column("operators", overflow="fold")
         table.add_column("kernel", overflow="fold")
-        table.add_column("moves", justify="right")
-        table.add_column("computes", justify="right")
-        table.add_column("floor", justify="right")
+        for figure in ("moves", "computes", "floor"):
+            table.add_column(figure, justify="right", no_wrap=True)
         for r in e.regions:
             table.add_row(
                 ", ".join(r.operators) or "copy", r.family, _size(r.bytes), _flop(r.flop), _time(r.floor_seconds)
@@ -152,14 +167,12 @@ def render(explanations: Sequence[Explanation], header: Mapping[str, Any], chip:
         for f in e.fallbacks:
             table.add_row(f["operator"], Text("ATen", "yellow"), "", "", "")
         parts.append(table)
-        parts.append(
-            Text(
-                f"  moves {_size(e.bytes_after)} instead of {_size(e.bytes_before)} ({_difference(e)}); "
-                f"floor {_time(e.floor_seconds)} at {chip.name}'s datasheet rates"
-            )
-        )
-        parts += [Text(f"  {f['operator']} runs as ATen: {f['reason']}", "yellow") for f in e.fallbacks]
-        parts += [Text(f"  {', '.join(r['operators'])} apart: {r['reason']}", "dim") for r in e.refusals]
+        # ATen operators have no floor, and a graph of nothing else has none.
+        floor = f"; floor {_time(e.floor_seconds)} at {chip.name}'s datasheet rates" if e.regions else ""
+        moved = f"  moves {_size(e.bytes_after)} instead of {_size(e.bytes_before)} ({_difference(e)})"
+        parts.append(Text(moved + floor))
+        parts += [Text(f"  {operator} runs as ATen: {reason}", "yellow") for operator, reason in e.as_aten]
+        parts += [Text(f"  {operators} apart: {reason}", "dim") for operators, reason in e.apart]
     return Group(*parts)
 
 

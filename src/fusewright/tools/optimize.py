@@ -32,7 +32,7 @@ from fusewright.tools.freeze import kept
 from fusewright.tools.modes import check_modes
 from fusewright.tools.planned import Planned, plan_model
 from fusewright.tools.small import CHECKED, SIMULATED, run_eagerly, small
-from fusewright.tools.units import counted, size
+from fusewright.tools.units import counted, size, times
 from fusewright.tools.verify import Subject, render, verify
 
 
@@ -242,7 +242,7 @@ def checked(outcome: plan_check.PlanCheck) -> Group:
         lines.append(
             Text(
                 f"  kernels, simulated on the CPU: {kernels.checked} results and gradients, error against float64 at "
-                f"most {kernels.worst:.2f}× the larger of eager's and the rounding of plain sums"
+                f"most {times(kernels.worst)} the larger of eager's and the rounding of plain sums"
                 f"{'' if kernels.passed else ' — WRONG'}",
                 "green" if kernels.passed else "red",
             )

@@ -297,7 +297,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=units.size, time=_time, operations=_operations, cuda=_highlighted)
+    environment.filters.update(size=units.size, time=units.time, operations=units.operations, cuda=_highlighted)
     template = environment.get_template("report.html.j2")
     return template.render(page=page, version=__version__, torch=torch.__version__)
 
@@ -306,17 +306,6 @@ def _highlighted(source: str) -> Any:
     from markupsafe import Markup
 
     return Markup(highlight(source, CudaLexer(), HtmlFormatter(nowrap=True)))
-
-
-def _time(seconds: float) -> str:
-    return units.time(seconds) if seconds >= 1e-9 else "under 1 ns"
-
-
-def _operations(count: float) -> str:
-    value, units = float(count), ["", " thousand", " million", " G", " T"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g}{units[0]}"
 
 
 def as_dict(out: Path, page: Page) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusewright.errors import BadMeasurement
+from fusewright.tools.units import times
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _accuracies(accuracy: Mapping[str, Any]) -> Iterator[Checked]:
     """The error of each candidate against float64."""
     for name, found in accuracy.items():
         ratio = _number(found["ratio"])
-        detail = [] if ratio is None else [f"worst {ratio:.2f}× eager's error"]
+        detail = [] if ratio is None else [f"worst {times(ratio)} eager's error"]
         yield Checked(f"{name}, against float64", not found["problems"], "; ".join([*detail, *found["problems"]]))
 
 

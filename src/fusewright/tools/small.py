@@ -99,7 +99,7 @@ def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dt
     bounded = _Bounded(math.inf if torch.cuda.is_available() else _QUICK)
     try:
         with bounded:
-            returned = file.run(file.instantiate(dtype=dtype))
+            returned = file.run(file.instantiate(dtype=dtype), dtype)
     except EagerFailure:
         if bounded.left >= 0:
             raise
@@ -107,9 +107,9 @@ def run_eagerly(file: ModelFile, settings: Mapping[str, object], dtype: torch.dt
         return returned
     try:
         reduced = small(file, settings, dtype)
-        return file.run(Instance(reduced.model, reduced.inputs))
+        return file.run(Instance(reduced.model, reduced.inputs), dtype)
     except FusewrightError:
-        return file.run(file.instantiate(dtype=dtype))
+        return file.run(file.instantiate(dtype=dtype), dtype)
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]

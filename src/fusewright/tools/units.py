@@ -10,17 +10,33 @@ def counted(count: int, one: str, several: str) -> str:
 
 def size(count: int) -> str:
     """Bytes, in decimal units."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
+    return _scaled(count, "B", "kB", "MB", "GB", "TB")
 
 
 def flop(count: int) -> str:
     """Operations; nothing for none."""
-    return f"{count / 1e9:.3g} GFLOP" if count else ""
+    return _scaled(count, "FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP") if count else ""
+
+
+def operations(count: float) -> str:
+    """A number of them, before that word."""
+    return _scaled(count, "", "thousand", "million", "G", "T")
 
 
 def time(seconds: float) -> str:
-    """Milli- or microseconds."""
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
+    """Milliseconds from a tenth of one on."""
+    if seconds < 1e-9:
+        return "under 1 ns"
+    return _scaled(seconds * 1e3, "ms", "s") if seconds >= 1e-4 else _scaled(seconds * 1e9, "ns", "µs")
+
+
+def times(ratio: float) -> str:
+    """Such as "1.25×"; one that is far off keeps no digits that say nothing."""
+    return f"{ratio:.2f}×" if ratio < 1000 else f"{ratio:.3g}×"
+
+
+def _scaled(value: float, *units: str) -> str:
+    """Three digits, in the smallest of the units, each a thousand of the one before, that needs no exponent."""
+    while value >= 999.5 and len(units) > 1:  # what rounds to 1000
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}".strip()

@@ -26,6 +26,7 @@ from fusewright.tools.arguments import Leaves, difference, leaves
 from fusewright.tools.comparison import EVERY_ELEMENT, Judge, same_bits
 from fusewright.tools.flags import torch_flags
 from fusewright.tools.trial import SEED, Backward, CandidateError, Refused, Trial, first_line, inner
+from fusewright.tools.units import times
 from fusewright.tools.variations import Inputs, copies_of, map_floating
 
 Progress = Callable[[str, int, int], None]  # the check that starts, its number from 0, how many there are
@@ -180,7 +181,7 @@ def _detail(problems: Sequence[str], figures: Mapping[str, float]) -> str:
     if not figures:
         return ""
     metric = max(figures, key=lambda name: figures[name])
-    return f"worst {figures[metric]:.2f}× eager's error ({metric})"
+    return f"worst {times(figures[metric])} eager's error ({metric})"
 
 
 @contextmanager
@@ -316,7 +317,7 @@ def render(report: Report) -> Group:
     """The report for a terminal: one row per check, then long details, such as a compiler's log, and what could not be
     checked."""
     mode = f", in {report.mode} mode" if report.mode else ""
-    title = f"{report.candidate} against {report.reference} on {report.device}, {report.dtype}{mode}"
+    title = f"{report.candidate} against {report.reference} on {report.device}, dtype {report.dtype}{mode}"
     table = Table(title=Text(title))
     table.add_column("check")
     table.add_column("")
@@ -330,7 +331,7 @@ def render(report: Report) -> Group:
         if long:
             below.append(Text(f"{check.name}: {check.detail}"))
         detail = "see below" if long else check.detail
-        table.add_row(check.name, mark, "" if worst is None else f"{worst:.2f}×", Text(detail))
+        table.add_row(check.name, mark, "" if worst is None else times(worst), Text(detail))
     skipped = [Text(f"not checked: {reason}", "dim") for reason in report.not_checked]
     verdict = Text("correct", "bold green") if report.passed else Text("WRONG", "bold red")
     return Group(table, *below, *skipped, verdict)
