@@ -27,6 +27,7 @@ from fusewright.ir.graph import (
     TensorType,
     accumulator_dtype,
     base_of,
+    is_implicit,
 )
 from fusewright.ir.ops import ROWS
 from fusewright.ir.size import Size, broadcasts, product
@@ -185,7 +186,7 @@ class Importer:
     def computed(self, result: Node, new: set[Node]) -> Node | None:
         """The node below the views and roundings of a call's result that computes it; None if the call only views."""
         node = result
-        while node.op in VIEWS or (node.op == "cast" and node.attribute("implicit")):
+        while node.op in VIEWS or is_implicit(node):
             if node.inputs[0] not in new and node.op in VIEWS:
                 return None
             node = node.inputs[0]
@@ -278,7 +279,7 @@ class Importer:
         """A tensor as eager has it in memory, its rounding to 16 bits kept: for what tells the least difference, such
         as a comparison with what ATen made of the tensor, or a test for what is infinite in 16 bits only."""
         base = base_of(x)
-        if base.op != "cast" or not base.attribute("implicit"):
+        if not is_implicit(base):
             return x
         wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
         return self.builder.cast(wide, x.tensor.dtype, implicit=False)

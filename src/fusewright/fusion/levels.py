@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_map
-from fusewright.ir.graph import VIEWS, Graph, Node
+from fusewright.ir.graph import VIEWS, Graph, Node, is_implicit
 from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
 
@@ -186,7 +186,7 @@ class Levels:
         """Views and primitives."""
         sources = [i for i in node.inputs if i.type is not None]
         level = max(self.level[i] for i in sources)
-        self.depth[node] = 1 + max(self.depth.get(i, 0) for i in sources)
+        self.depth[node] = int(node.op != "cast") + max(self.depth.get(i, 0) for i in sources)
         reason = self._reason_apart(node, sources, level)
         if reason is None and level in self.epilogues:
             try:
@@ -199,7 +199,7 @@ class Levels:
                 self._unfused[self._after[level]] = reason
             level = self._after[level]
             self.depth[node] = 0
-        if level in self._unfused and is_pointwise(node.op):
+        if level in self._unfused and is_pointwise(node.op) and not is_implicit(node):
             self.refusals.append((node, self._unfused.pop(level)))
         for source in sources:
             base = self.stored(source)
@@ -211,9 +211,10 @@ class Levels:
         if self.depth[node] > LONGEST_CHAIN:
             return f"the chain is longer than {LONGEST_CHAIN} operations"
         for source in sources:
-            if self.base(source) in self.decisions.apart:
-                self.materialise(source)
-                return self.decisions.apart[self.base(source)]
+            stored = self.stored(source)
+            if stored in self.decisions.apart:
+                self.materialise(stored)
+                return self.decisions.apart[stored]
         if level in self.epilogues and any(self._detached(s) for s in sources):
             return "a view takes the product apart"
         return None

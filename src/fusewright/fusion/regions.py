@@ -1,10 +1,16 @@
-"""Levels → regions: the expressions and sinks of each kernel, over axes merged as far as strides allow."""
+"""Levels → regions: the expressions and sinks of each kernel, over axes merged as far as strides allow.
+
+Roundings of 16-bit models that only tell where eager stores a value are left out where a kernel computes and reads it.
+What lies in memory between two kernels is rounded there, as in eager, and takes half of the bytes.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from fusewright.fusion.expression import (
     Access,
@@ -31,7 +37,7 @@ from fusewright.fusion.index import (
 from fusewright.fusion.levels import Decisions, Epilogue, Levels
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Gemm, Matrix, Region, View
 from fusewright.ir.encoding import Halves
-from fusewright.ir.graph import VIEWS, Node, Origin, contiguous
+from fusewright.ir.graph import VIEWS, Node, Origin, contiguous, is_implicit
 from fusewright.ir.size import Size, evaluate_typical, product, same
 
 _COLUMNS = "an operand's view splits the columns of the product"
@@ -49,8 +55,9 @@ def anchor(sink: Node) -> tuple[Node, list[Node]]:
     if sink.op not in ("sum", "pack_bits"):
         return sink, []
     node, views = sink.inputs[0], list[Node]()
-    while node.op in ("reshape", "permute"):
-        views.insert(0, node)
+    while node.op in ("reshape", "permute", "cast"):
+        if node.op != "cast":
+            views.insert(0, node)
         node = node.inputs[0]
     try:
         with_splits(node.tensor.shape, lambda space: result_maps(views, space.identity(), space))
@@ -284,6 +291,8 @@ class _Expressions:
     product: Node | None
     finish: Finish
     known: dict[tuple[Node, Map], Expression] = field(default_factory=dict)
+    # Of what is computed here and rounded as eager stores it, and of its views: what it was before.
+    unrounded: dict[tuple[Node, Map], Expression] = field(default_factory=dict)
     origins: set[Origin] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -333,7 +342,7 @@ class _Expressions:
                 if missing:
                     stack += reversed(missing)
                     continue
-                result = self.combine(key[0], tuple(self.known[o] for o in operands))
+                result = self.combine(*key, operands)
             self.known[key] = result
             stack.pop()
         return self.known[root]
@@ -359,9 +368,18 @@ class _Expressions:
             return [self.through(node, dims)]
         return [(i, dims if i.op != "constant" else ()) for i in node.inputs]
 
-    def combine(self, node: Node, operands: tuple[Expression, ...]) -> Expression:
+    def combine(self, node: Node, dims: Map, sources: Sequence[tuple[Node, Map]]) -> Expression:
+        operands = tuple(self.known[s] for s in sources)
         if node.op in VIEWS:
+            if sources[0] in self.unrounded:
+                self.unrounded[node, dims] = self.unrounded[sources[0]]
             return operands[0]
+        if node.op == "cast":
+            before = self.unrounded.get(sources[0])
+            if before is not None and before.dtype == node.tensor.dtype:
+                return before
+            if is_implicit(node) and node.tensor.dtype in (torch.float16, torch.bfloat16):
+                self.unrounded[node, dims] = operands[0]
         self.note(node)
         origin = tuple(o.name for o in sorted(self.levels.graph.origins.get(node, ())))
         return Apply(node.op, operands, node.tensor.dtype, origin)
@@ -387,7 +405,7 @@ class _Expressions:
             if not self.takes_columns_apart(need):
                 raise
             reason = _COLUMNS
-        decisions, base = self.builder.decisions, self.levels.base(view.inputs[0])
+        decisions, base = self.builder.decisions, self.levels.stored(view.inputs[0])
         if self.levels.has_memory(base):  # and still it cannot be read so
             decisions.left[view] = reason
         else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import networkx
 import torch
 
-from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, same_layout
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, is_implicit, same_layout
 from fusewright.ir.primitives import PRIMITIVES, is_pointwise
 from fusewright.ir.size import evaluate_typical, same
 
@@ -115,7 +115,7 @@ def _told_by_rounding(node: Node) -> bool:
     if not (is_pointwise(node.op) and PRIMITIVES[node.op].boolean):
         return False
     for source in node.inputs:
-        while source.op in VIEWS or (source.op == "cast" and source.attribute("implicit")):
+        while source.op in VIEWS or is_implicit(source):
             source = source.inputs[0]
         if source.op == "cast" and source.tensor.dtype in (torch.float16, torch.bfloat16):
             return True
