@@ -279,10 +279,14 @@ class Importer:
         """A tensor as eager has it in memory, its rounding to 16 bits kept: for what tells the least difference, such
         as a comparison with what ATen made of the tensor, or a test for what is infinite in 16 bits only."""
         base = base_of(x)
+        dtype = x.tensor.dtype
+        if is_implicit(base) and accumulator_dtype(base.inputs[0].tensor.dtype) == dtype:  # made of 16 bits
+            base = base_of(base.inputs[0])
         if not is_implicit(base):
             return x
-        wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
-        return self.builder.cast(wide, x.tensor.dtype, implicit=False)
+        wide = self.builder.cast(x, accumulator_dtype(dtype), implicit=True)
+        narrow = self.builder.cast(wide, base.tensor.dtype, implicit=False)
+        return self.builder.cast(narrow, dtype, implicit=True)
 
     def operand(self, argument: Any) -> Any:
         """An FX argument as a node (tensor), a size expression or a plain value."""
