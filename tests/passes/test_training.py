@@ -118,6 +118,18 @@ def test_what_a_product_of_the_backward_reads_is_kept_although_it_could_be_compu
     assert [b.shape for b in saved(record)] == [(M, N)]
 
 
+@pytest.mark.parametrize("view", [lambda h: h, lambda h: h.view(-1), lambda h: h.permute(2, 0, 1)])
+def test_a_result_that_the_backward_reads_is_saved_as_it_is(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Whatever view of it is returned: it is in memory anyway."""
+
+    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = F.linear(x, w)
+        return F.linear(h, v), view(h)
+
+    record = check(model, leaf(2, M, K), leaf(N, K), leaf(K, N))
+    assert len({s for r in record.plans[0].regions for s in r.writes()}) == 2
+
+
 def test_a_mask_feeds_values_that_the_backward_computes_again() -> None:
     """`amax` divides the gradient among equal values: the count is computed from the mask, in the backward too."""
     record = check(lambda x, w: F.linear(x, w).amax(1), leaf(M, K), leaf(N, K))

@@ -85,7 +85,7 @@ class Importer:
                 self.values[node] = self.placeholder(node, len(inputs))
                 inputs.append(self.values[node])  # type: ignore[arg-type]
             elif node.op == "output":
-                outputs = self.outputs(node, module.meta.get(RESULTS, 0))
+                outputs = self.outputs(node, known=RESULTS in module.meta)
             elif node.op == "get_attr":
                 self.values[node] = self.held(getattr(module, node.target), node)
             else:
@@ -111,12 +111,11 @@ class Importer:
                 return self.builder.constant(tensor.item(), tensor.dtype, self.device)
         return self.builder.node("aten", (), type_of(tensor), target=_Held(tensor), args=(), kwargs=())
 
-    def outputs(self, node: fx.Node, known: int) -> tuple[Output, ...]:
+    def outputs(self, node: fx.Node, known: bool) -> tuple[Output, ...]:
         """Results that eager gives memory of their own get it here too, although equal values are one node.
 
-        known: how many results are the caller's, in a forward that was written out again. They have had those copies,
-        and their values no longer tell which of them share memory. What is saved beside them keeps memory of its own,
-        because the caller may overwrite them.
+        known: they have had those copies, in a forward that was written out again: values no longer tell which of them
+        share memory. What is saved may share that of a result: autograd notices whoever overwrites it, as in eager.
         """
         results: list[Output] = []
         placeholders = {n: self.values[n] for n in node.graph.find_nodes(op="placeholder")}
@@ -130,7 +129,7 @@ class Importer:
             if result is not None and result.type is not None:
                 base = base_of(result)
                 shares = storages.setdefault(base, _storage(source)) == _storage(source)
-                if not shares and position >= known:
+                if not (shares or known):
                     result = self.builder.node("copy", (result,), type_of(source.meta["val"]), of=position)
                 if result.tensor.device != source.meta["val"].device:
                     result = self.moved(result, source.meta["val"])
