@@ -13,7 +13,7 @@ from fusewright.fusion.expression import Apply, ColumnSum, Expression, walk
 from fusewright.fusion.plan import FusionPlan
 from fusewright.ir import reference
 from fusewright.ir.graph import Builder, Graph, Node, TensorType, contiguous
-from fusewright.ir.value import Value
+from fusewright.ir.value import Value, where
 
 CPU = torch.device("cpu")
 SIZE = 6
@@ -149,3 +149,28 @@ def test_a_rounding_that_the_user_wrote_stays(implicit: bool) -> None:
 def test_what_reads_inputs_alone_is_computed_where_it_is_read() -> None:
     plan = fused(lambda b, x: product(x[0], x[1], b) * rounded(widened(x[2], b) * 3))
     assert len(plan.steps) == 1 and roundings(plan) == 1
+
+
+def test_what_is_rounded_again_needs_no_memory_beside_what_it_was() -> None:
+    """Another kernel tells by the rounded product whether it is the largest of its row."""
+
+    def largest(b: Builder, x: list[Node]) -> Value:
+        low = widened(b.cast(product(x[0], x[1], b).node, NARROW, implicit=True), b)
+        again = rounded(low, implicit=False)
+        other = rounded(product(x[0], x[2], b))
+        return where(again > other, low, other)
+
+    plan = fused(largest)
+    assert len(plan.steps) == 2 and between(plan) == [NARROW]
+
+
+def test_a_sum_that_runs_as_aten_reads_16_bits() -> None:
+    def middle(b: Builder, x: list[Node]) -> Value:
+        tripled = b.cast((widened(x[0], b) * 3).node, NARROW, implicit=True)
+        cube = widened(b.reshape(tripled, (2, 3, SIZE)), b)
+        summed = b.node("sum", (cube.node,), contiguous((2, SIZE), torch.float32, CPU), dims=(1,))
+        repeated = b.expand(b.reshape(summed, (2, 1, SIZE)), (2, 3, SIZE))
+        return Value(b, b.reshape((cube + Value(b, repeated)).node, (SIZE, SIZE)))
+
+    plan = fused(middle)
+    assert [f.name for f in plan.fallbacks] == ["sum"] and between(plan) == [NARROW, torch.float32]

@@ -106,7 +106,8 @@ class _Planner:
             if reason is None:
                 continue
             inputs = tuple(
-                self.regions.view(i) if i.type is not None else dict(i.attributes).get("value") for i in node.inputs
+                self.regions.view(i, self.levels.read(node, i)) if i.type else dict(i.attributes).get("value")
+                for i in node.inputs
             )
             items = [u for u in self.levels.users[node] if u.op == "item"] if node.type is None else []
             count = 1 + max((i.attribute("index") for i in items), default=-1) if node.type is None else 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_map
-from fusewright.ir.graph import VIEWS, Graph, Node, is_implicit
+from fusewright.ir.graph import VIEWS, Graph, Node, base_of, is_implicit
 from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
 
@@ -119,11 +119,16 @@ class Levels:
         return node
 
     def stored(self, node: Node) -> Node:
-        """What lies in memory where a later kernel reads `node`: a value of 16 bits is widened there, not here."""
+        """What lies in memory where a later kernel reads `node`: a value of 16 bits is widened there, not here, and
+        needs no other memory for what rounds it again."""
         base = self.base(node)
-        while base.op == "cast" and not self.has_memory(base) and _widens(base):
+        while base.op == "cast" and not self.has_memory(base) and (_widens(base) or _rounds_again(base)):
             base = self.base(base.inputs[0])
         return base
+
+    def read(self, node: Node, source: Node) -> Node:
+        """What lies in memory where `node` runs by its reference: a sum adds up 16 bits as they are, but wider."""
+        return self.stored(source) if node.op == "sum" else self.base(source)
 
     def materialise(self, node: Node) -> None:
         self.materialised.add(self.base(node))
@@ -139,7 +144,7 @@ class Levels:
         if node in self.decisions.left or node.op == "aten":
             for source in node.inputs:
                 if source.type is not None:
-                    self.materialise(source)
+                    self.materialise(self.read(node, source))
             self.materialised.add(node)
             return self._fresh()
         if node.op in ("input", "size", "constant"):
@@ -228,3 +233,9 @@ class Levels:
 def _widens(cast: Node) -> bool:
     narrow, wide = cast.inputs[0].tensor.dtype, cast.tensor.dtype
     return narrow.is_floating_point and wide.is_floating_point and narrow.itemsize < wide.itemsize
+
+
+def _rounds_again(cast: Node) -> bool:
+    """Whether a cast gives what was widened before it."""
+    widened = base_of(cast.inputs[0])
+    return widened.op == "cast" and _widens(widened) and widened.inputs[0].tensor.dtype == cast.tensor.dtype

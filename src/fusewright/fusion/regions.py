@@ -233,9 +233,12 @@ class RegionBuilder:
         view = self.view(node)
         return Matrix(view.buffer, node.tensor.dtype, view.shape, view.stride, view.offset)  # type: ignore[arg-type]
 
-    def view(self, node: Node) -> View:
-        """`node` as a strided tensor over the buffer that holds it. Asks for a copy of a view that has no strides."""
-        base = self.levels.base(node)
+    def view(self, node: Node, base: Node | None = None) -> View:
+        """`node` as a strided tensor over the buffer that holds it. Asks for a copy of a view that has no strides.
+
+        base: what lies there, where that is read as it was before conversions.
+        """
+        base = base or self.levels.base(node)
         buffer = self.buffers[base]
 
         def build(space: Space) -> View:
@@ -258,7 +261,9 @@ class RegionBuilder:
             if node.op == "reshape" and node.inputs[0] is base and self._dense(base):
                 shape = contiguous(node.tensor.shape, node.tensor.dtype, node.tensor.device)
                 return axis_strides(dims, shape.stride, space)
-            dims, node = source_map(node, dims, space), node.inputs[0]
+            if node.op != "cast":
+                dims = source_map(node, dims, space)
+            node = node.inputs[0]
         return axis_strides(dims, self.buffers[base].stride, space)
 
     def _dense(self, base: Node) -> bool:
