@@ -130,6 +130,16 @@ def test_a_result_that_the_backward_reads_is_saved_as_it_is(view: Callable[[torc
     assert len({s for r in record.plans[0].regions for s in r.writes()}) == 2
 
 
+@pytest.mark.parametrize("result", [lambda h: h, lambda h: h * 2])
+def test_a_result_is_saved_rather_than_what_is_computed_of_it(result: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def model(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = result(F.linear(x, w))
+        return z, z.exp().sin()
+
+    record = check(model, leaf(M, K), leaf(N, K))
+    assert [len(r.writes()) for r in record.plans[0].regions] == [2]
+
+
 def test_a_mask_feeds_values_that_the_backward_computes_again() -> None:
     """`amax` divides the gradient among equal values: the count is computed from the mask, in the backward too."""
     record = check(lambda x, w: F.linear(x, w).amax(1), leaf(M, K), leaf(N, K))

@@ -68,8 +68,8 @@ def _minimum_cut(
     needed |= backward_outputs - late
     # Encodings that only the backward reads are made there; what the forward makes is never made again.
     late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
-    # What a product of the forward reads lies in memory there anyway.
-    stored = {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
+    # What a product of the forward reads lies in memory there anyway, and so do its results.
+    stored = results | {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
     read_late = {base_of(i) for n in late if n.op == "matmul" for i in n.inputs}
     checkpointed, inner = _checkpoints(joint, results)
     for node in early:
