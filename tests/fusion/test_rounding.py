@@ -174,3 +174,18 @@ def test_a_sum_that_runs_as_aten_reads_16_bits() -> None:
 
     plan = fused(middle)
     assert [f.name for f in plan.fallbacks] == ["sum"] and between(plan) == [NARROW, torch.float32]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an input"])
+def test_another_kernel_computes_what_would_take_more_memory_than_what_it_is_computed_of(beside: bool) -> None:
+    """The squares of a product's rounded elements, say, which are summed over its rows: a float32 each."""
+
+    def squared(b: Builder, x: list[Node]) -> Value:
+        low = rounded(product(x[0], x[1], b))
+        difference = low - widened(x[2], b) if beside else low
+        summed = b.node("sum", ((difference * difference).node,), contiguous((SIZE,), torch.float32, CPU), dims=(0,))
+        return Value(b, b.expand(summed, (SIZE, SIZE))) * 0.1
+
+    plan = fused(squared)
+    assert between(plan) == [NARROW, torch.float32]
+    assert len(plan.steps) == 3

@@ -14,6 +14,7 @@ from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_ma
 from fusewright.ir.graph import VIEWS, Graph, Node, base_of, is_implicit
 from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
+from fusewright.ir.size import evaluate_typical
 
 # Longer chains are cut: registers and compile time grow with a kernel's expression.
 LONGEST_CHAIN = 200
@@ -118,17 +119,33 @@ class Levels:
             node = node.inputs[0]
         return node
 
-    def stored(self, node: Node) -> Node:
-        """What lies in memory where a later kernel reads `node`: a value of 16 bits is widened there, not here, and
-        needs no other memory for what rounds it again."""
+    def unconverted(self, node: Node) -> Node:
+        """What has a value in memory, or would have it: one of 16 bits is widened where it is read, and needs no memory
+        beside it for what rounds it again."""
         base = self.base(node)
         while base.op == "cast" and not self.has_memory(base) and (_widens(base) or _rounds_again(base)):
             base = self.base(base.inputs[0])
         return base
 
+    def stored(self, node: Node) -> Node:
+        """What lies in memory where a later kernel reads `node`: of the values that it is computed of, one after the
+        other, the one by which the fewest bytes move, what is read beside it included."""
+        best = base = self.unconverted(node)
+        least, beside = 2 * _bytes(base), 0.0
+        while is_pointwise(base.op) and not self.has_memory(base) and base not in self.decisions.apart:
+            sources = {self.unconverted(i) for i in base.inputs if i.op != "constant"}
+            computed = [s for s in sources if self.level[s] > FREE and s.op != "unpack_bits"]
+            if len(computed) != 1:
+                break
+            beside += sum(_bytes(s) for s in sources if s is not computed[0])
+            base = computed[0]
+            if 2 * _bytes(base) + beside < least:
+                best, least = base, 2 * _bytes(base) + beside
+        return best
+
     def read(self, node: Node, source: Node) -> Node:
         """What lies in memory where `node` runs by its reference: a sum adds up 16 bits as they are, but wider."""
-        return self.stored(source) if node.op == "sum" else self.base(source)
+        return self.unconverted(source) if node.op == "sum" else self.base(source)
 
     def materialise(self, node: Node) -> None:
         self.materialised.add(self.base(node))
@@ -207,15 +224,16 @@ class Levels:
         if level in self._unfused and is_pointwise(node.op) and not is_implicit(node):
             self.refusals.append((node, self._unfused.pop(level)))
         for source in sources:
-            base = self.stored(source)
-            if FREE < self.level[base] < level and base.op != "unpack_bits":
-                self.materialised.add(base)
+            if FREE < self.level[self.base(source)] < level:
+                base = self.stored(source)
+                if base.op != "unpack_bits":
+                    self.materialised.add(base)
         return level
 
     def _reason_apart(self, node: Node, sources: list[Node], level: int) -> str | None:
         if self.depth[node] > LONGEST_CHAIN:
             return f"the chain is longer than {LONGEST_CHAIN} operations"
-        for source in sources:
+        for source in sources if self.decisions.apart else ():
             stored = self.stored(source)
             if stored in self.decisions.apart:
                 self.materialise(stored)
@@ -239,3 +257,7 @@ def _rounds_again(cast: Node) -> bool:
     """Whether a cast gives what was widened before it."""
     widened = base_of(cast.inputs[0])
     return widened.op == "cast" and _widens(widened) and widened.inputs[0].tensor.dtype == cast.tensor.dtype
+
+
+def _bytes(node: Node) -> float:
+    return evaluate_typical(node.tensor.numel) * node.tensor.dtype.itemsize
