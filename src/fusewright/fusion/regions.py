@@ -252,7 +252,12 @@ class RegionBuilder:
         try:
             return with_splits(node.tensor.shape, build)
         except NotAffine as error:
-            self.decisions.copied[node] = str(error)
+            if base.op == "input" and node in self.levels.graph.outputs:  # a view of the argument in eager, too
+                while node is not base:
+                    self.decisions.left[node] = str(error)
+                    node = node.inputs[0]
+            else:
+                self.decisions.copied[node] = str(error)
             raise Retry() from None
 
     def strides(self, node: Node, base: Node, dims: Map, space: Space) -> tuple[dict[int, Size], Size]:
