@@ -31,6 +31,8 @@ def test_nan_to_num_takes_the_limits_of_the_results_dtype(dtype: torch.dtype) ->
         torch.nan_to_num,
         lambda y: y.bool(),
         torch.logical_not,
+        lambda y: y.float() <= y,
+        lambda y: torch.isinf(y.float().t()),
     ],
 )
 def test_what_tells_the_least_difference_reads_values_as_eager_stores_them(told: Any) -> None:

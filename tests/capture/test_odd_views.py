@@ -83,3 +83,30 @@ def test_halves_whose_sizes_torch_alone_knows_to_be_equal(requires_grad: bool) -
     if requires_grad:
         found, wanted = (torch.autograd.grad(r.square().sum(), x) for r in (y, expected))
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_product_whose_sizes_torch_alone_knows_to_be_equal() -> None:
+    """3 - (3 + 1) // 2 is 1 by a guard: the product runs as ATen."""
+
+    def model(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x.chunk(2, -1)[1], w, b)
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="fusewright", options={"simulate": True}, dynamic=True)
+    x, w, b = torch.randn(4, 3), torch.randn(1, 1, requires_grad=True), torch.randn(1)
+    ours, theirs = (torch.autograd.grad(call(x, w, b).sum(), w)[0] for call in (run, model))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_view_that_torch_alone_can_take_is_one_of_the_argument(requires_grad: bool) -> None:
+    """AOTAutograd takes it again, of the argument, by the strides of what the graph returns."""
+
+    def pairs(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, 2).transpose(1, 2)
+
+    torch._dynamo.reset()
+    run = torch.compile(pairs, backend="fusewright", options={"simulate": True}, dynamic=True)
+    for rows in (19, 5):
+        x = torch.randn(rows, 24)[:, ::2].requires_grad_(requires_grad)
+        assert torch.equal(run(x), pairs(x)) and run(x).stride() == pairs(x).stride()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max
 
 from fusewright.ir.size import TYPICAL_SIZE, SizeSymbol, evaluate, evaluate_typical, same
 
@@ -37,3 +37,10 @@ def test_a_floor_division_without_a_remainder_is_a_quotient() -> None:
     n, k = (SizeSymbol(name, 16, **ASSUMPTIONS) for name in ("n", "k"))
     assert same(12 * n * FloorDiv(n**2, n), 12 * n**2)
     assert not same(n * FloorDiv(k, n), k)
+
+
+def test_a_floor_division_within_another_is_a_quotient_too() -> None:
+    """As torch writes the strides of x[n, n].reshape(n, -1, 2)."""
+    n = SizeSymbol("n", 16, **ASSUMPTIONS)
+    half = CleanDiv(n**2, 2 * n)
+    assert same(Max(1, FloorDiv(n, half)) * half, n)

@@ -118,6 +118,42 @@ def test_what_a_product_of_the_backward_reads_is_kept_although_it_could_be_compu
     assert [b.shape for b in saved(record)] == [(M, N)]
 
 
+@pytest.mark.parametrize("view", [lambda h: h, lambda h: h.view(-1), lambda h: h.permute(2, 0, 1)])
+def test_a_result_that_the_backward_reads_is_saved_as_it_is(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Whatever view of it is returned: it is in memory anyway."""
+
+    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = F.linear(x, w)
+        return F.linear(h, v), view(h)
+
+    record = check(model, leaf(2, M, K), leaf(N, K), leaf(K, N))
+    assert len({s for r in record.plans[0].regions for s in r.writes()}) == 2
+
+
+@pytest.mark.parametrize("result", [lambda h: h, lambda h: h * 2])
+def test_a_result_is_saved_rather_than_what_is_computed_of_it(result: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def model(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = result(F.linear(x, w))
+        return z, z.exp().sin()
+
+    record = check(model, leaf(M, K), leaf(N, K))
+    assert [len(r.writes()) for r in record.plans[0].regions] == [2]
+
+
+def test_what_no_result_depends_on_is_computed_in_the_backward() -> None:
+    """A gradient that is 0 whatever the incoming one is, say: of the weights, a product."""
+    record = check(lambda x, w: torch.floor(F.linear(x, w)), leaf(M, K), leaf(N, K))
+    assert not saved(record)
+    assert [len(r.writes()) for r in record.plans[0].regions] == [1]
+
+
+def test_what_aten_reads_is_saved_rather_than_what_is_computed_of_it() -> None:
+    """It is in memory anyway; what its mean is taken off would be written beside it."""
+    record = check(lambda x, w: F.linear(x, w).var(-1), leaf(M, K), leaf(N, K))
+    assert [b.shape for b in saved(record)] == [(M, N)]
+    assert [s.name for s in record.plans[0].steps] == ["fused_mm", "var"]
+
+
 def test_a_mask_feeds_values_that_the_backward_computes_again() -> None:
     """`amax` divides the gradient among equal values: the count is computed from the mask, in the backward too."""
     record = check(lambda x, w: F.linear(x, w).amax(1), leaf(M, K), leaf(N, K))

@@ -27,6 +27,7 @@ from fusewright.ir.graph import (
     TensorType,
     accumulator_dtype,
     base_of,
+    is_implicit,
 )
 from fusewright.ir.ops import ROWS
 from fusewright.ir.size import Size, broadcasts, product
@@ -84,7 +85,7 @@ class Importer:
                 self.values[node] = self.placeholder(node, len(inputs))
                 inputs.append(self.values[node])  # type: ignore[arg-type]
             elif node.op == "output":
-                outputs = self.outputs(node, module.meta.get(RESULTS, 0))
+                outputs = self.outputs(node, known=RESULTS in module.meta)
             elif node.op == "get_attr":
                 self.values[node] = self.held(getattr(module, node.target), node)
             else:
@@ -110,12 +111,11 @@ class Importer:
                 return self.builder.constant(tensor.item(), tensor.dtype, self.device)
         return self.builder.node("aten", (), type_of(tensor), target=_Held(tensor), args=(), kwargs=())
 
-    def outputs(self, node: fx.Node, known: int) -> tuple[Output, ...]:
+    def outputs(self, node: fx.Node, known: bool) -> tuple[Output, ...]:
         """Results that eager gives memory of their own get it here too, although equal values are one node.
 
-        known: how many results are the caller's, in a forward that was written out again. They have had those copies,
-        and their values no longer tell which of them share memory. What is saved beside them keeps memory of its own,
-        because the caller may overwrite them.
+        known: they have had those copies, in a forward that was written out again: values no longer tell which of them
+        share memory. What is saved may share that of a result: autograd notices whoever overwrites it, as in eager.
         """
         results: list[Output] = []
         placeholders = {n: self.values[n] for n in node.graph.find_nodes(op="placeholder")}
@@ -129,7 +129,7 @@ class Importer:
             if result is not None and result.type is not None:
                 base = base_of(result)
                 shares = storages.setdefault(base, _storage(source)) == _storage(source)
-                if not shares and position >= known:
+                if not (shares or known):
                     result = self.builder.node("copy", (result,), type_of(source.meta["val"]), of=position)
                 if result.tensor.device != source.meta["val"].device:
                     result = self.moved(result, source.meta["val"])
@@ -185,7 +185,7 @@ class Importer:
     def computed(self, result: Node, new: set[Node]) -> Node | None:
         """The node below the views and roundings of a call's result that computes it; None if the call only views."""
         node = result
-        while node.op in VIEWS or (node.op == "cast" and node.attribute("implicit")):
+        while node.op in VIEWS or is_implicit(node):
             if node.inputs[0] not in new and node.op in VIEWS:
                 return None
             node = node.inputs[0]
@@ -278,10 +278,14 @@ class Importer:
         """A tensor as eager has it in memory, its rounding to 16 bits kept: for what tells the least difference, such
         as a comparison with what ATen made of the tensor, or a test for what is infinite in 16 bits only."""
         base = base_of(x)
-        if base.op != "cast" or not base.attribute("implicit"):
+        dtype = x.tensor.dtype
+        if is_implicit(base) and accumulator_dtype(base.inputs[0].tensor.dtype) == dtype:  # made of 16 bits
+            base = base_of(base.inputs[0])
+        if not is_implicit(base):
             return x
-        wide = self.builder.cast(x, accumulator_dtype(x.tensor.dtype), implicit=True)
-        return self.builder.cast(wide, x.tensor.dtype, implicit=False)
+        wide = self.builder.cast(x, accumulator_dtype(dtype), implicit=True)
+        narrow = self.builder.cast(wide, base.tensor.dtype, implicit=False)
+        return self.builder.cast(narrow, dtype, implicit=True)
 
     def operand(self, argument: Any) -> Any:
         """An FX argument as a node (tensor), a size expression or a plain value."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewright.capture.metadata import size_of
 from fusewright.errors import CannotFuse
 from fusewright.ir.graph import Node, accumulator_dtype, contiguous
-from fusewright.ir.size import Size, product
+from fusewright.ir.size import Size, broadcasts, product, same
 from fusewright.ir.value import Value, where
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def _shape(value: torch.Tensor) -> tuple[Size, ...]:
 def _matmul(g: Importer, value: torch.Tensor, a: Node, b: Node) -> Node | None:
     if value.dtype not in MATMUL_DTYPES or a.tensor.dtype != b.tensor.dtype:
         return None
+    if not same(a.tensor.shape[1], b.tensor.shape[0]):
+        return None  # equal by a guard of torch's alone
     shape = (a.tensor.shape[0], b.tensor.shape[1])
     return g.builder.node("matmul", (a, b), contiguous(shape, accumulator_dtype(a.tensor.dtype), value.device))
 
@@ -71,7 +73,7 @@ def _addmm(
     g: Importer, value: torch.Tensor, self: Node, mat1: Node, mat2: Node, beta: Any, alpha: Any, **_: Any
 ) -> Node | None:
     accumulated = _matmul(g, value, mat1, mat2)
-    if accumulated is None:
+    if accumulated is None or not broadcasts(self.tensor.shape, accumulated.tensor.shape):
         return None
     result = Value(g.builder, accumulated)
     result = result if alpha == 1 else result * alpha

@@ -11,7 +11,7 @@ from typing import Any
 from fusewright.fusion.levels import Decisions, Levels
 from fusewright.fusion.plan import Buffer, Fallback, FusionPlan, Refusal, Step, View
 from fusewright.fusion.regions import RegionBuilder, Retry, anchor
-from fusewright.ir.graph import Graph, Node, Origin, Output, base_of, contiguous
+from fusewright.ir.graph import VIEWS, Graph, Node, Origin, Output, base_of, contiguous
 from fusewright.ir.size import Size, same
 
 _LONGEST_NAME = 60
@@ -62,7 +62,9 @@ class _Planner:
     def buffer(self, node: Node) -> Buffer:
         t = node.tensor
         name = self.input_names.get(node) or self.buffer_name(node)
-        dense = node.op in ("input", "aten", "item") or t.dense
+        # Of a view that torch takes: what is returned may lie in an argument.
+        taken = node.op in VIEWS and node in self.decisions.left
+        dense = node.op in ("input", "aten", "item") or taken or t.dense
         stride = (
             t.stride if dense and node not in self.decisions.copied else contiguous(t.shape, t.dtype, t.device).stride
         )
@@ -106,7 +108,8 @@ class _Planner:
             if reason is None:
                 continue
             inputs = tuple(
-                self.regions.view(i) if i.type is not None else dict(i.attributes).get("value") for i in node.inputs
+                self.regions.view(i, self.levels.read(node, i)) if i.type else dict(i.attributes).get("value")
+                for i in node.inputs
             )
             items = [u for u in self.levels.users[node] if u.op == "item"] if node.type is None else []
             count = 1 + max((i.attribute("index") for i in items), default=-1) if node.type is None else 1

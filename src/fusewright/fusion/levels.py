@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_map
-from fusewright.ir.graph import VIEWS, Graph, Node
+from fusewright.ir.graph import VIEWS, Graph, Node, base_of, is_implicit
 from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
+from fusewright.ir.size import evaluate_typical
 
 # Longer chains are cut: registers and compile time grow with a kernel's expression.
 LONGEST_CHAIN = 200
@@ -118,12 +119,33 @@ class Levels:
             node = node.inputs[0]
         return node
 
-    def stored(self, node: Node) -> Node:
-        """What lies in memory where a later kernel reads `node`: a value of 16 bits is widened there, not here."""
+    def unconverted(self, node: Node) -> Node:
+        """What has a value in memory, or would have it: one of 16 bits is widened where it is read, and needs no memory
+        beside it for what rounds it again."""
         base = self.base(node)
-        while base.op == "cast" and not self.has_memory(base) and _widens(base):
+        while base.op == "cast" and not self.has_memory(base) and (_widens(base) or _rounds_again(base)):
             base = self.base(base.inputs[0])
         return base
+
+    def stored(self, node: Node) -> Node:
+        """What lies in memory where a later kernel reads `node`: of the values that it is computed of, one after the
+        other, the one by which the fewest bytes move, what is read beside it included."""
+        best = base = self.unconverted(node)
+        least, beside = 2 * _bytes(base), 0.0
+        while is_pointwise(base.op) and not self.has_memory(base) and base not in self.decisions.apart:
+            sources = {self.unconverted(i) for i in base.inputs if i.op != "constant"}
+            computed = [s for s in sources if self.level[s] > FREE and s.op != "unpack_bits"]
+            if len(computed) != 1:
+                break
+            beside += sum(_bytes(s) for s in sources if s is not computed[0])
+            base = computed[0]
+            if 2 * _bytes(base) + beside < least:
+                best, least = base, 2 * _bytes(base) + beside
+        return best
+
+    def read(self, node: Node, source: Node) -> Node:
+        """What lies in memory where `node` runs by its reference: a sum adds up 16 bits as they are, but wider."""
+        return self.unconverted(source) if node.op == "sum" else self.base(source)
 
     def materialise(self, node: Node) -> None:
         self.materialised.add(self.base(node))
@@ -139,7 +161,7 @@ class Levels:
         if node in self.decisions.left or node.op == "aten":
             for source in node.inputs:
                 if source.type is not None:
-                    self.materialise(source)
+                    self.materialise(self.read(node, source))
             self.materialised.add(node)
             return self._fresh()
         if node.op in ("input", "size", "constant"):
@@ -186,7 +208,7 @@ class Levels:
         """Views and primitives."""
         sources = [i for i in node.inputs if i.type is not None]
         level = max(self.level[i] for i in sources)
-        self.depth[node] = 1 + max(self.depth.get(i, 0) for i in sources)
+        self.depth[node] = int(node.op != "cast") + max(self.depth.get(i, 0) for i in sources)
         reason = self._reason_apart(node, sources, level)
         if reason is None and level in self.epilogues:
             try:
@@ -199,21 +221,23 @@ class Levels:
                 self._unfused[self._after[level]] = reason
             level = self._after[level]
             self.depth[node] = 0
-        if level in self._unfused and is_pointwise(node.op):
+        if level in self._unfused and is_pointwise(node.op) and not is_implicit(node):
             self.refusals.append((node, self._unfused.pop(level)))
         for source in sources:
-            base = self.stored(source)
-            if FREE < self.level[base] < level and base.op != "unpack_bits":
-                self.materialised.add(base)
+            if FREE < self.level[self.base(source)] < level:
+                base = self.stored(source)
+                if base.op != "unpack_bits":
+                    self.materialised.add(base)
         return level
 
     def _reason_apart(self, node: Node, sources: list[Node], level: int) -> str | None:
         if self.depth[node] > LONGEST_CHAIN:
             return f"the chain is longer than {LONGEST_CHAIN} operations"
-        for source in sources:
-            if self.base(source) in self.decisions.apart:
-                self.materialise(source)
-                return self.decisions.apart[self.base(source)]
+        for source in sources if self.decisions.apart else ():
+            stored = self.stored(source)
+            if stored in self.decisions.apart:
+                self.materialise(stored)
+                return self.decisions.apart[stored]
         if level in self.epilogues and any(self._detached(s) for s in sources):
             return "a view takes the product apart"
         return None
@@ -227,3 +251,13 @@ class Levels:
 def _widens(cast: Node) -> bool:
     narrow, wide = cast.inputs[0].tensor.dtype, cast.tensor.dtype
     return narrow.is_floating_point and wide.is_floating_point and narrow.itemsize < wide.itemsize
+
+
+def _rounds_again(cast: Node) -> bool:
+    """Whether a cast gives what was widened before it."""
+    widened = base_of(cast.inputs[0])
+    return widened.op == "cast" and _widens(widened) and widened.inputs[0].tensor.dtype == cast.tensor.dtype
+
+
+def _bytes(node: Node) -> float:
+    return evaluate_typical(node.tensor.numel) * node.tensor.dtype.itemsize

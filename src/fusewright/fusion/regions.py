@@ -1,10 +1,16 @@
-"""Levels → regions: the expressions and sinks of each kernel, over axes merged as far as strides allow."""
+"""Levels → regions: the expressions and sinks of each kernel, over axes merged as far as strides allow.
+
+Roundings of 16-bit models that only tell where eager stores a value are left out where a kernel computes and reads it.
+What lies in memory between two kernels is rounded there, as in eager, and takes half of the bytes.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from fusewright.fusion.expression import (
     Access,
@@ -31,7 +37,7 @@ from fusewright.fusion.index import (
 from fusewright.fusion.levels import Decisions, Epilogue, Levels
 from fusewright.fusion.plan import Buffer, Encode, Encoded, Gemm, Matrix, Region, View
 from fusewright.ir.encoding import Halves
-from fusewright.ir.graph import VIEWS, Node, Origin, contiguous
+from fusewright.ir.graph import VIEWS, Node, Origin, contiguous, is_implicit
 from fusewright.ir.size import Size, evaluate_typical, product, same
 
 _COLUMNS = "an operand's view splits the columns of the product"
@@ -49,8 +55,9 @@ def anchor(sink: Node) -> tuple[Node, list[Node]]:
     if sink.op not in ("sum", "pack_bits"):
         return sink, []
     node, views = sink.inputs[0], list[Node]()
-    while node.op in ("reshape", "permute"):
-        views.insert(0, node)
+    while node.op in ("reshape", "permute", "cast"):
+        if node.op != "cast":
+            views.insert(0, node)
         node = node.inputs[0]
     try:
         with_splits(node.tensor.shape, lambda space: result_maps(views, space.identity(), space))
@@ -226,9 +233,12 @@ class RegionBuilder:
         view = self.view(node)
         return Matrix(view.buffer, node.tensor.dtype, view.shape, view.stride, view.offset)  # type: ignore[arg-type]
 
-    def view(self, node: Node) -> View:
-        """`node` as a strided tensor over the buffer that holds it. Asks for a copy of a view that has no strides."""
-        base = self.levels.base(node)
+    def view(self, node: Node, base: Node | None = None) -> View:
+        """`node` as a strided tensor over the buffer that holds it. Asks for a copy of a view that has no strides.
+
+        base: what lies there, where that is read as it was before conversions.
+        """
+        base = base or self.levels.base(node)
         buffer = self.buffers[base]
 
         def build(space: Space) -> View:
@@ -242,7 +252,12 @@ class RegionBuilder:
         try:
             return with_splits(node.tensor.shape, build)
         except NotAffine as error:
-            self.decisions.copied[node] = str(error)
+            if base.op == "input" and node in self.levels.graph.outputs:  # a view of the argument in eager, too
+                while node is not base:
+                    self.decisions.left[node] = str(error)
+                    node = node.inputs[0]
+            else:
+                self.decisions.copied[node] = str(error)
             raise Retry() from None
 
     def strides(self, node: Node, base: Node, dims: Map, space: Space) -> tuple[dict[int, Size], Size]:
@@ -251,7 +266,9 @@ class RegionBuilder:
             if node.op == "reshape" and node.inputs[0] is base and self._dense(base):
                 shape = contiguous(node.tensor.shape, node.tensor.dtype, node.tensor.device)
                 return axis_strides(dims, shape.stride, space)
-            dims, node = source_map(node, dims, space), node.inputs[0]
+            if node.op != "cast":
+                dims = source_map(node, dims, space)
+            node = node.inputs[0]
         return axis_strides(dims, self.buffers[base].stride, space)
 
     def _dense(self, base: Node) -> bool:
@@ -284,6 +301,8 @@ class _Expressions:
     product: Node | None
     finish: Finish
     known: dict[tuple[Node, Map], Expression] = field(default_factory=dict)
+    # Of what is computed here and rounded as eager stores it, and of its views: what it was before.
+    unrounded: dict[tuple[Node, Map], Expression] = field(default_factory=dict)
     origins: set[Origin] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -333,7 +352,7 @@ class _Expressions:
                 if missing:
                     stack += reversed(missing)
                     continue
-                result = self.combine(key[0], tuple(self.known[o] for o in operands))
+                result = self.combine(*key, operands)
             self.known[key] = result
             stack.pop()
         return self.known[root]
@@ -359,9 +378,18 @@ class _Expressions:
             return [self.through(node, dims)]
         return [(i, dims if i.op != "constant" else ()) for i in node.inputs]
 
-    def combine(self, node: Node, operands: tuple[Expression, ...]) -> Expression:
+    def combine(self, node: Node, dims: Map, sources: Sequence[tuple[Node, Map]]) -> Expression:
+        operands = tuple(self.known[s] for s in sources)
         if node.op in VIEWS:
+            if sources[0] in self.unrounded:
+                self.unrounded[node, dims] = self.unrounded[sources[0]]
             return operands[0]
+        if node.op == "cast":
+            before = self.unrounded.get(sources[0])
+            if before is not None and before.dtype == node.tensor.dtype:
+                return before
+            if is_implicit(node) and node.tensor.dtype in (torch.float16, torch.bfloat16):
+                self.unrounded[node, dims] = operands[0]
         self.note(node)
         origin = tuple(o.name for o in sorted(self.levels.graph.origins.get(node, ())))
         return Apply(node.op, operands, node.tensor.dtype, origin)
@@ -387,7 +415,7 @@ class _Expressions:
             if not self.takes_columns_apart(need):
                 raise
             reason = _COLUMNS
-        decisions, base = self.builder.decisions, self.levels.base(view.inputs[0])
+        decisions, base = self.builder.decisions, self.levels.stored(view.inputs[0])
         if self.levels.has_memory(base):  # and still it cannot be read so
             decisions.left[view] = reason
         else:

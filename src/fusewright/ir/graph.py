@@ -180,6 +180,11 @@ def base_of(node: Node) -> Node:
     return node
 
 
+def is_implicit(node: Node) -> bool:
+    """Whether a node only converts to what eager stores or computes in."""
+    return node.op == "cast" and bool(node.attribute("implicit"))
+
+
 def untransposed(node: Node) -> tuple[Node, bool]:
     """The matrix below a chain of transpositions, and whether `node` is its transpose."""
     turned = False

@@ -70,14 +70,15 @@ def divides(divisor: Size, size: Size) -> Size | None:
 
 @lru_cache(maxsize=4096)
 def _expand(expression: sympy.Expr) -> sympy.Expr:
-    # torch marks a floor division that it has guarded to have no remainder.
-    expression = expression.replace(CleanDiv, lambda size, divisor: size / divisor)
-    return sympy.expand(expression.replace(FloorDiv, _floor_div))
+    # Inner divisions first, both kinds at once: halfway, torch refuses a division by what is no integer.
+    return sympy.expand(expression.replace(lambda e: isinstance(e, FloorDiv), _quotient))
 
 
-def _floor_div(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+def _quotient(division: FloorDiv) -> sympy.Expr:
+    size, divisor = division.args
     quotient = size / divisor
-    return quotient if quotient.is_integer else FloorDiv(size, divisor)
+    # torch marks a floor division that it has guarded to have no remainder.
+    return quotient if isinstance(division, CleanDiv) or quotient.is_integer else division
 
 
 def matching_groups(a: Sequence[Size], b: Sequence[Size]) -> list[tuple[list[int], list[int]]] | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import networkx
 import torch
 
-from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, same_layout
+from fusewright.ir.graph import VIEWS, Builder, Graph, Node, Origin, base_of, contiguous, is_implicit, same_layout
 from fusewright.ir.primitives import PRIMITIVES, is_pointwise
 from fusewright.ir.size import evaluate_typical, same
 
@@ -66,17 +66,18 @@ def _minimum_cut(
     early = [n for n in joint.nodes() if n not in late and n.op not in ("constant", "size")]
     needed = {i for n in joint.nodes() if n in late for i in n.inputs if i not in late}
     needed |= backward_outputs - late
-    # Encodings that only the backward reads are made there; what the forward makes is never made again.
-    late_encodings = {n for n, users in joint.users().items() if n.op == "encode" and late.issuperset(users)}
-    # What a product of the forward reads lies in memory there anyway.
-    stored = {base_of(i) for n in early if n.op == "matmul" for i in n.inputs}
+    # What no result depends on may be computed in the backward, whatever it takes: it is not computed again.
+    forward = set(Graph(joint.inputs, tuple(results)).nodes())
+    # What a product or ATen reads in the forward lies in memory there anyway, and so do results.
+    stored = results | {base_of(i) for n in forward if n.op in ("matmul", "aten") for i in n.inputs}
+    stored |= {n for n in forward if n.op in ("aten", "item")}
     read_late = {base_of(i) for n in late if n.op == "matmul" for i in n.inputs}
     checkpointed, inner = _checkpoints(joint, results)
     for node in early:
         store = float("inf") if node in inner else 1.0 if node in stored else _STORE
         network.add_edge((node, "in"), (node, "out"), capacity=store * _cost(node, node in overwritten))
         cheap = (is_pointwise(node.op) and not _told_by_rounding(node)) or node.op == "unpack_bits"
-        cheap = cheap or node in late_encodings
+        cheap = cheap or not (node in forward or _told_by_rounding(node) or _random(node))
         if not (node.op in VIEWS or node in inner or (cheap and node not in checkpointed)):
             network.add_edge("source", (node, "in"), capacity=float("inf"))
         elif is_pointwise(node.op) and node in read_late and node not in inner:
@@ -115,7 +116,7 @@ def _told_by_rounding(node: Node) -> bool:
     if not (is_pointwise(node.op) and PRIMITIVES[node.op].boolean):
         return False
     for source in node.inputs:
-        while source.op in VIEWS or (source.op == "cast" and source.attribute("implicit")):
+        while source.op in VIEWS or is_implicit(source):
             source = source.inputs[0]
         if source.op == "cast" and source.tensor.dtype in (torch.float16, torch.bfloat16):
             return True
@@ -125,7 +126,8 @@ def _told_by_rounding(node: Node) -> bool:
 def _random(node: Node) -> bool:
     if node.op == "item":
         return _random(node.inputs[0])
-    return node.op == "aten" and torch.Tag.nondeterministic_seeded in node.attribute("target").tags
+    # The target of a tensor that the graph holds is no operator.
+    return node.op == "aten" and torch.Tag.nondeterministic_seeded in getattr(node.attribute("target"), "tags", ())
 
 
 def _cost(node: Node, overwritten: bool) -> float:
