@@ -109,6 +109,18 @@ def test_a_lambda_made_in_each_call_is_traced_once_and_batches_become_dynamic(bu
         assert len(built) == 2
 
 
+def test_another_layout_of_weights_makes_no_size_of_weights_dynamic(built: list[Executable]) -> None:
+    """Whatever the epilogue: kernels know the sizes of weights."""
+    for epilogue in (torch.relu, torch.sigmoid):
+        for rows, columns in ((16, 8), (24, 16), (32, 40)):
+            fusewright.linear(*tensors((4, columns), (rows, columns)), epilogue=epilogue, simulate=True)
+            assert [built[-1].plan.buffers[name].shape for name in built[-1].plan.inputs[:2]] == [
+                (4, columns),
+                (rows, columns),
+            ]
+    assert len(built) == 6
+
+
 def test_leading_dimensions_no_bias_and_no_epilogue() -> None:
     x, weight = tensors((2, 3, 9), (10, 9))
     with torch.no_grad():

@@ -7,6 +7,7 @@ anew for each call, to hold more variations than it does by default, and to repo
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -84,6 +85,9 @@ def _code(function: Any) -> Any:
     return code if isinstance(code, CodeType) else type(function)
 
 
+_numbers = itertools.count()
+
+
 class _Calls:
     """`with_epilogue`, compiled once for each variation of the epilogue: its numbers, its functions, its gradients.
 
@@ -93,11 +97,13 @@ class _Calls:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._name = f"linear{next(_numbers)}"
         self._begin()
 
     def _begin(self) -> None:
-        # Dynamo keeps what it compiled, and counts it, by code object.
-        function = FunctionType(with_epilogue.__code__.replace(), with_epilogue.__globals__, "linear")
+        # Dynamo keeps what it compiled, and counts it, by code object; which sizes change, by the code's name and place.
+        code = with_epilogue.__code__.replace(co_name=self._name)
+        function = FunctionType(code, with_epilogue.__globals__, "linear")
         self._run = torch.compile(function, backend=self._backend, fullgraph=True)
 
     def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
