@@ -101,7 +101,7 @@ class _Calls:
         self._begin()
 
     def _begin(self) -> None:
-        # Dynamo keeps what it compiled, and counts it, by code object; which sizes change, by the code's name and place.
+        # Dynamo keeps what it compiled, and counts it, by code object; which sizes change, by the code's name.
         code = with_epilogue.__code__.replace(co_name=self._name)
         function = FunctionType(code, with_epilogue.__globals__, "linear")
         self._run = torch.compile(function, backend=self._backend, fullgraph=True)
