@@ -30,7 +30,7 @@ def plan(
     capabilities: products may read halves of their operands where that pays; a graph that was cut from a joint one has
     been through that stage already. kept: indices of inputs whose halves are kept from one call to the next.
     """
-    graph = pipeline.run(graph, pipeline.BEFORE_FUSION)
+    graph = pipeline.run(graph)
     if capabilities is not None:
         graph = encode_operands(graph, capabilities, [graph.inputs[i] for i in kept])
     return fuse(graph, names, [graph.inputs[i] for i in kept])

@@ -189,3 +189,16 @@ def test_another_kernel_computes_what_would_take_more_memory_than_what_it_is_com
     plan = fused(squared)
     assert between(plan) == [NARROW, torch.float32]
     assert len(plan.steps) == 3
+
+
+def test_a_reshape_that_mixes_dimensions_reads_16_bits_in_memory() -> None:
+    """It has an index map there alone: nothing is converted for it, and nothing runs as ATen."""
+
+    def mixed(b: Builder, x: list[Node]) -> Value:
+        low = b.cast(product(x[0], x[1], b).node, NARROW, implicit=True)
+        doubled = widened(b.reshape(low, (4, 9)), b) * 2
+        again = b.reshape(b.cast(doubled.node, NARROW, implicit=True), (SIZE, SIZE))
+        return widened(again, b) + 1
+
+    plan = fused(mixed)
+    assert len(plan.regions) == len(plan.steps) == 3 and between(plan) == [NARROW] * 2

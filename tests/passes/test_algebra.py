@@ -142,7 +142,7 @@ def test_the_sum_of_a_16_bit_model_is_stored_rounded() -> None:
     x = source(builder, torch.float32, (4, 3)).node
     total = builder.node("sum", (x,), contiguous((3,), torch.float32, CPU), dims=(0,))
     narrow = builder.cast(builder.reshape(total, (1, 3)), torch.bfloat16, implicit=True)
-    after = pipeline.run(Graph((x,), (narrow,)), pipeline.BEFORE_FUSION)
+    after = pipeline.run(Graph((x,), (narrow,)))
     assert operations(after) == ["sum", "cast", "reshape"]
 
 
@@ -150,7 +150,7 @@ def test_the_sum_of_a_16_bit_model_is_stored_rounded() -> None:
 def test_the_pipeline_keeps_every_bit_of_a_row(name: str) -> None:
     x = source(Builder())
     graph = Graph((x.node,), (ROWS[name].formula(ROWS[name].formula(x)).node,))
-    assert_same_bits(graph, pipeline.run(graph, pipeline.BEFORE_FUSION), SPECIAL)
+    assert_same_bits(graph, pipeline.run(graph), SPECIAL)
 
 
 def test_an_illegal_replacement_is_found() -> None:

@@ -33,7 +33,7 @@ def partition_joint(
     """
     placeholders = joint.graph.find_nodes(op="placeholder")
     tangents = frozenset(i for i, p in enumerate(placeholders) if "tangents" in str(p.target))
-    graph = pipeline.run(from_fx(joint), pipeline.BEFORE_PARTITION)
+    graph = pipeline.run(from_fx(joint))
     if capabilities is not None:
         graph = encode_operands(graph, capabilities)
     split = partition(graph, num_fwd_outputs, tangents, _mutated(joint, placeholders))

@@ -8,11 +8,12 @@ in every kernel that reads them unless they have memory anyway.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fusewright.fusion.index import Map, NeedsSplit, NotAffine, Space, result_map
 from fusewright.ir.graph import VIEWS, Graph, Node, base_of, is_implicit
-from fusewright.ir.order import products_last
 from fusewright.ir.primitives import is_pointwise
 from fusewright.ir.size import evaluate_typical
 
@@ -20,6 +21,30 @@ from fusewright.ir.size import evaluate_typical
 LONGEST_CHAIN = 200
 
 FREE = -1
+
+
+def products_last(nodes: Sequence[Node]) -> list[Node]:
+    """`nodes`, inputs before users, each product only when nothing else can be placed.
+
+    So whatever else an epilogue reads has a level below its product's, and the epilogue of one product ends before
+    the next product begins. Otherwise the order is kept.
+    """
+    waiting = {node: len(set(node.inputs)) for node in nodes}
+    users: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        for source in set(node.inputs):
+            users[source].append(node)
+    place = {node: i for i, node in enumerate(nodes)}
+    ready = [(node.op == "matmul", place[node], node) for node in nodes if not node.inputs]
+    order = []
+    while ready:
+        *_, node = heapq.heappop(ready)
+        order.append(node)
+        for user in users[node]:
+            waiting[user] -= 1
+            if not waiting[user]:
+                heapq.heappush(ready, (user.op == "matmul", place[user], user))
+    return order
 
 
 @dataclass

@@ -263,7 +263,7 @@ class RegionBuilder:
     def strides(self, node: Node, base: Node, dims: Map, space: Space) -> tuple[dict[int, Size], Size]:
         """(stride of each axis, offset) of `node`'s elements in the memory of `base`."""
         while node is not base:
-            if node.op == "reshape" and node.inputs[0] is base and self._dense(base):
+            if self.reshapes_memory(node, base):
                 shape = contiguous(node.tensor.shape, node.tensor.dtype, node.tensor.device)
                 return axis_strides(dims, shape.stride, space)
             if node.op != "cast":
@@ -271,9 +271,16 @@ class RegionBuilder:
             node = node.inputs[0]
         return axis_strides(dims, self.buffers[base].stride, space)
 
-    def _dense(self, base: Node) -> bool:
+    def reshapes_memory(self, node: Node, base: Node) -> bool:
+        """Whether a reshape gives the elements of `base`, converted or not, in the order in which they lie: then it has
+        strides, even where it mixes dimensions."""
+        if node.op != "reshape":
+            return False
+        source = node.inputs[0]
+        while source is not base and source.op == "cast":
+            source = source.inputs[0]
         buffer = self.buffers[base]
-        return buffer.stride == contiguous(buffer.shape, buffer.dtype, buffer.device).stride
+        return source is base and buffer.stride == contiguous(buffer.shape, buffer.dtype, buffer.device).stride
 
 
 @dataclass
@@ -369,6 +376,10 @@ class _Expressions:
         base = self.levels.base(node)
         if self.levels.has_memory(base) and base not in self.inside:
             return self.load(node, base, dims)
+        base = self.levels.unconverted(base)
+        if self.levels.has_memory(base) and base not in self.inside and self.builder.reshapes_memory(node, base):
+            read = Load(self.access(node, base, dims), base.tensor.dtype)
+            return read if read.dtype == node.tensor.dtype else Apply("cast", (read,), node.tensor.dtype)
         if node.op == "unpack_bits":
             return Load(self.access(node, node.inputs[0], dims, bits=True), node.tensor.dtype)
         return None
@@ -415,7 +426,7 @@ class _Expressions:
             if not self.takes_columns_apart(need):
                 raise
             reason = _COLUMNS
-        decisions, base = self.builder.decisions, self.levels.stored(view.inputs[0])
+        decisions, base = self.builder.decisions, self.levels.unconverted(view.inputs[0])
         if self.levels.has_memory(base):  # and still it cannot be read so
             decisions.left[view] = reason
         else:

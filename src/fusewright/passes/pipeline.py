@@ -1,23 +1,19 @@
-"""The ordered lists of passes."""
+"""The ordered list of rule sets."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from fusewright.ir.graph import Graph
 from fusewright.ir.rules import check
 from fusewright.passes.algebra import ALGEBRA, VIEW_RULES
 from fusewright.passes.rewrite import RuleSet, rewrite
 
-Pass = RuleSet | Callable[[Graph], Graph]
-
-BEFORE_PARTITION: tuple[Pass, ...] = (VIEW_RULES, ALGEBRA)
-BEFORE_FUSION: tuple[Pass, ...] = (VIEW_RULES, ALGEBRA)
+# Of a joint graph before it is split, and of every graph before fusion.
+RULE_SETS: tuple[RuleSet, ...] = (VIEW_RULES, ALGEBRA, VIEW_RULES)
 
 
-def run(graph: Graph, passes: tuple[Pass, ...]) -> Graph:
-    """Applies the passes in order. Raises AssertionError if one leaves an illegal graph."""
-    for one in passes:
-        graph = rewrite(graph, one) if isinstance(one, RuleSet) else one(graph)
+def run(graph: Graph, rule_sets: tuple[RuleSet, ...] = RULE_SETS) -> Graph:
+    """Applies the rule sets in order. Raises AssertionError if one leaves an illegal graph."""
+    for rule_set in rule_sets:
+        graph = rewrite(graph, rule_set)
         check(graph)
     return graph

@@ -88,12 +88,11 @@ def _sweep(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, bool]:
         if node in graph.origins:
             origins[result] = origins.get(result, frozenset()) | graph.origins[node]
     inputs = tuple(new[i] for i in graph.inputs)
-    return Graph(inputs, outputs_of(builder, graph, new), origins), changed
+    return Graph(inputs, _outputs(builder, graph, new), origins), changed
 
 
-def outputs_of(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
-    """The outputs of a graph whose nodes became others: what had memory and strides of its own keeps them, although it
-    was found to be equal to something else."""
+def _outputs(builder: Builder, graph: Graph, new: Mapping[Node, Node]) -> tuple[Output, ...]:
+    """What had memory and strides of its own keeps them, although a rule found it to be equal to something else."""
     owners = {new[i]: i for i in graph.inputs}
     copies: dict[Node, Node] = {}
     results: list[Output] = []
