@@ -8,7 +8,7 @@ from fusewright.passes.algebra import ALGEBRA, VIEW_RULES
 from fusewright.passes.rewrite import RuleSet, rewrite
 
 # Of a joint graph before it is split, and of every graph before fusion.
-RULE_SETS: tuple[RuleSet, ...] = (VIEW_RULES, ALGEBRA, VIEW_RULES)
+RULE_SETS: tuple[RuleSet, ...] = (VIEW_RULES, ALGEBRA)
 
 
 def run(graph: Graph, rule_sets: tuple[RuleSet, ...] = RULE_SETS) -> Graph:
